@@ -1,0 +1,6 @@
+"""vpfast: fast video prediction in PyTorch. Operators in ``ops``, drop-in modules in ``nn``, networks in ``models``."""
+
+from vpfast._version import __version__
+from vpfast.ops import backend, current_backend
+
+__all__ = ["__version__", "backend", "current_backend"]

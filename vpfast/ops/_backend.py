@@ -1,0 +1,113 @@
+"""Which implementation serves an operator: the choice, and the reasons when there is none."""
+
+import types
+from typing import Literal, get_args
+
+import torch
+
+from vpfast.ops import _native
+
+Name = Literal["auto", "native", "triton", "reference"]
+NAMES: tuple[str, ...] = get_args(Name)
+
+_chosen: str = "auto"
+
+
+class backend:
+    """Choose which implementation the operators use, for good or within a block.
+
+    ``vpfast.backend("reference")`` as a statement sets the choice for the whole process; ``with
+    vpfast.backend("reference"):`` restores the previous one at the end of the block.
+
+    ``"auto"`` (the default) takes the compiled kernel, then Triton on a GPU; on the CPU it ends at the plain PyTorch
+    reference, on a GPU at an error, never at a silently slow path. ``"native"``, ``"triton"`` and ``"reference"``
+    insist on one. The choice is read when an operator is called, or traced by ``torch.compile`` and ``torch.export``.
+
+    Raises:
+        ValueError: the name is none of these four.
+    """
+
+    def __init__(self, name: Name) -> None:
+        global _chosen
+        if name not in NAMES:
+            raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(map(repr, NAMES))}")
+        self._previous = _chosen
+        _chosen = name
+
+    def __enter__(self) -> "backend":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def current_backend() -> str:
+    """The name last chosen with :class:`backend`."""
+    return _chosen
+
+
+class Backends:
+    """The implementations that one operator has in this installation.
+
+    ``native`` holds the device types with a compiled kernel, ``triton`` tells whether a Triton kernel exists.
+    """
+
+    def __init__(self, op: str, native: tuple[str, ...], triton: bool) -> None:
+        self.op = op
+        self.native = native
+        self.triton = triton
+
+    def refusal(self, name: str, device: str) -> str | None:
+        """Why backend ``name`` cannot serve ``device``; None if it can."""
+        if name == "reference":
+            return None
+        if name == "native":
+            if _native.extension is None:
+                return _native.why_missing()
+            if device not in self.native:
+                return f"no compiled kernel for {device} tensors (there is one for: {', '.join(self.native) or 'none'})"
+            return None
+        if not self.triton:
+            return "this operator has no Triton kernel"
+        if device != "cuda":
+            return f"Triton kernels need a CUDA tensor, not {device}"
+        return None
+
+    def select(self, device: str) -> str:
+        """The backend that serves a tensor on ``device`` under the current choice.
+
+        Raises:
+            RuntimeError: none can; the message lists every backend and why it was refused.
+        """
+        if _chosen != "auto":
+            if self.refusal(_chosen, device) is None:
+                return _chosen
+            return self._refuse(device, (_chosen,))
+        for name in ("native", "triton"):
+            if self.refusal(name, device) is None:
+                return name
+        if device == "cpu":
+            return "reference"
+        return self._refuse(device, ("native", "triton"))
+
+    def _refuse(self, device: str, asked: tuple[str, ...]) -> str:
+        reasons = "; ".join(f"{name}: {self.refusal(name, device)}" for name in asked)
+        raise RuntimeError(
+            f"vpfast.{self.op} has no backend for this {device} tensor under vpfast.backend({_chosen!r}). {reasons}. "
+            'vpfast.backend("reference") runs the plain PyTorch version on any device; `vpfast doctor` shows what is '
+            "installed."
+        )
+
+
+def native_devices(qualified_op: str) -> tuple[str, ...]:
+    """Device types that the loaded extension registered a kernel of ``qualified_op`` for."""
+    if _native.extension is None:
+        return ()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(key.lower() for key in ("CPU", "CUDA") if has_kernel(qualified_op, key))

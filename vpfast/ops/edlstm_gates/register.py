@@ -1,0 +1,112 @@
+"""``vpfast::edlstm_gates`` and its backward as torch operators: schema, fake, autograd, autocast."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpfast.ops import _native
+from vpfast.ops._backend import Backends, native_devices
+from vpfast.ops._library import LIBRARY
+from vpfast.ops.edlstm_gates import reference
+
+FORWARD, BACKWARD = "vpfast::edlstm_gates", "vpfast::edlstm_gates_backward"
+
+LIBRARY.define("edlstm_gates(Tensor gates, Tensor c_prev, str order) -> (Tensor h, Tensor c)")
+LIBRARY.define(
+    "edlstm_gates_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_prev, str order)"
+    " -> (Tensor grad_gates, Tensor grad_c_prev)"
+)
+
+backends = Backends("ops.edlstm_gates", native=native_devices(FORWARD), triton=False)
+
+
+def memory_format(gates: Tensor) -> torch.memory_format:
+    """The layout of every output: channels_last (2-D or 3-D) where ``gates`` is, else contiguous."""
+    if not gates.is_contiguous():
+        if gates.dim() == 4 and gates.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if gates.dim() == 5 and gates.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _serve_reference_on_cpu() -> None:
+    """Without a compiled extension the operators still exist: the reference answers for CPU tensors."""
+
+    def forward(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
+        layout = memory_format(gates)
+        h, c = reference.edlstm_gates(gates, c_prev, order)
+        return h.contiguous(memory_format=layout), c.contiguous(memory_format=layout)
+
+    def backward(
+        grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str
+    ) -> tuple[Tensor, Tensor]:
+        layout = memory_format(gates)
+        grad_gates, grad_c_prev = reference.edlstm_gates_backward(grad_h, grad_c, gates, c_prev, order)
+        return grad_gates.contiguous(memory_format=layout), grad_c_prev.contiguous(memory_format=layout)
+
+    LIBRARY.impl("edlstm_gates", forward, "CPU")
+    LIBRARY.impl("edlstm_gates_backward", backward, "CPU")
+
+
+if _native.extension is None:
+    _serve_reference_on_cpu()
+
+
+@torch.library.register_fake(FORWARD, lib=LIBRARY)
+def _(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    layout = memory_format(gates)
+    h = torch.empty_like(c_prev, dtype=gates.dtype, memory_format=layout)
+    return h, torch.empty_like(c_prev, memory_format=layout)
+
+
+@torch.library.register_fake(BACKWARD, lib=LIBRARY)
+def _(
+    grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str
+) -> tuple[Tensor, Tensor]:
+    layout = memory_format(gates)
+    return torch.empty_like(gates, memory_format=layout), torch.empty_like(c_prev, memory_format=layout)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    gates, c_prev, ctx.order = inputs
+    ctx.save_for_backward(gates, c_prev)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_h is None and grad_c is None:
+        return None, None, None
+    gates, c_prev = ctx.saved_tensors
+    grad_gates, grad_c_prev = torch.ops.vpfast.edlstm_gates_backward(grad_h, grad_c, gates, c_prev, ctx.order)
+    return grad_gates, grad_c_prev, None
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "vpfast.ops.edlstm_gates is differentiable once; a second derivative was asked for. "
+        'Use vpfast.backend("reference"), whose gradients PyTorch can differentiate again.'
+    )
+
+
+torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(BACKWARD, _double_backward, lib=LIBRARY)
+
+
+def _register_autocast(device: str, key: str) -> None:
+    """Under autocast the gates keep the type that the convolution before them gave; the cell is kept in float32."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def forward(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if gates.dtype != torch.float64:
+                c_prev = c_prev.float()
+            result: tuple[Tensor, Tensor] = torch.ops.vpfast.edlstm_gates(gates, c_prev, order)
+            return result
+
+    LIBRARY.impl("edlstm_gates", forward, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
