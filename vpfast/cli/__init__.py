@@ -1,0 +1,95 @@
+"""The command line: ``vpfast COMMAND``. Each command is a module of its own, imported when it is asked for."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from vpfast._version import __version__
+
+COMMANDS = {
+    "train": "train a model on videos or moving digits",
+    "predict": "predict how a video goes on; writes GIF, MP4, PNG and NPY",
+    "evaluate": "measure a trained model on held-out clips",
+    "doctor": "show what is installed and which backend serves each operator",
+}
+
+# The import name of a package that may be missing, and the extra that brings it.
+EXTRAS = {
+    "av": "cli",
+    "imageio": "cli",
+    "matplotlib": "cli",
+    "PIL": "cli",
+    "tqdm": "cli",
+    "jsonargparse": "cli",
+    "yaml": "cli",
+    "accelerate": "cli",
+    "sklearn": "demo",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed on the way, 2 the request cannot be served.
+
+    A run of ``vpfast train`` that a signal stopped gives 128 + the signal's number.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args and args[0] in COMMANDS:
+            command = importlib.import_module(f"vpfast.cli.{args[0]}")
+            return int(command.run(args[1:]))
+        _parser().parse_args(args)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None or os.environ.get("VPFAST_TRACEBACK"):
+            raise
+        print(f"vpfast: {_sentence(error, args)}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for what is no answer to the user but a defect: that keeps its traceback."""
+    if signum := getattr(error, "signum", None):
+        return 128 + int(signum)
+    if isinstance(error, FloatingPointError):
+        return 1
+    if isinstance(error, ValueError | ImportError):
+        return 2
+    if isinstance(error, OSError):
+        return 2 if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError) else 1
+    return None
+
+
+def _sentence(error: Exception, args: list[str]) -> str:
+    if isinstance(error, ImportError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+        return f"`vpfast {args[0]}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
+    return " ".join(str(error).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is a ValueError, told in one line like any other."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(f"{message} (`{self.prog} --help` shows what is accepted)")
+
+
+def _parser() -> Parser:
+    listing = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        prog="vpfast",
+        description="Fast video prediction in PyTorch.",
+        epilog=f"commands:\n{listing}\n\n`vpfast COMMAND --help` explains one. VPFAST_TRACEBACK=1 in the environment "
+        "shows where an error came from.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"vpfast {__version__}")
+    return parser

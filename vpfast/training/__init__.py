@@ -1,0 +1,6 @@
+"""Training: a run from its configuration to its weights. Needs ``pip install 'vpfast[cli]'``."""
+
+from vpfast.training.config import DataConfig, LossConfig, OptimConfig, SplitConfig, TrainConfig
+from vpfast.training.engine import Stopped, train
+
+__all__ = ["DataConfig", "LossConfig", "OptimConfig", "SplitConfig", "Stopped", "TrainConfig", "train"]

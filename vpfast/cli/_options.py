@@ -1,0 +1,123 @@
+"""Configurations from YAML files and dotted options, read by jsonargparse."""
+
+import dataclasses
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from vpfast.training.config import leaves, unknown_key
+
+
+class Options:
+    """A jsonargparse parser whose complaints are one-line ValueErrors that name the key and the nearest valid one."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        self.parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+        self.parser.add_argument("--config", action="config", help="a YAML file, or a name of a packaged one")
+        self._free: set[str] = set()
+
+    def add(self, name: str, kind: Any, default: Any, text: str) -> None:
+        """One option. A dictionary takes any key below it."""
+        if kind == dict[str, Any]:
+            self._free.add(name)
+        self.parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+    def add_flag(self, name: str, text: str) -> None:
+        """An option without a value."""
+        self.parser.add_argument(f"--{name}", action="store_true", help=text)
+
+    def add_config(self, kind: type[Any], prefix: str = "", defaults: Any = None) -> None:
+        """An option for every field of a configuration class, nested ones with dots."""
+        given = {} if defaults is None else dataclasses.asdict(defaults)
+        for key, hint, default, text in leaves(kind):
+            value = given
+            for part in key.split(".") if given else ():
+                value = value[part]
+            self.add(prefix + key, hint, value if given else default, text)
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Nested plain values, of the declared types.
+
+        Raises:
+            ValueError: an unknown key, a value of the wrong type, a configuration that cannot be read.
+        """
+        args = self._named_configs(argv)
+        try:
+            values = self.parser.parse_args(args)
+        except (ArgumentError, TypeError) as error:
+            raise ValueError(_one_line(str(error))) from error
+        result: dict[str, Any] = values.as_dict()
+        result.pop("config")
+        return result
+
+    def _named_configs(self, argv: Sequence[str]) -> list[str]:
+        """The arguments with every ``--config NAME`` replaced by its file, whose keys are checked, as are the options'."""
+        known = {name for action in self.parser._actions for name in action.option_strings}
+        args: list[str] = []
+        rest = iter(argv)
+        for arg in rest:
+            name, equals, value = arg.partition("=")
+            if name.startswith("--") and name not in known and not self._is_free(name[2:]):
+                raise ValueError(unknown_key(name, known))
+            if name != "--config":
+                args.append(arg)
+                continue
+            path = config_file(value if equals else next(rest, ""))
+            self._check_keys(path, read_yaml(path))
+            args += ["--config", str(path)]
+        return args
+
+    def _is_free(self, key: str) -> bool:
+        return key in self._free or key.partition(".")[0] in self._free
+
+    def _check_keys(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
+        keys = {name[2:] for action in self.parser._actions for name in action.option_strings if name[:2] == "--"}
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            below = any(known.startswith(key + ".") for known in keys)
+            if key not in keys and not below:
+                raise ValueError(f"{path}: {unknown_key(key, keys - {'help', 'config'})}")
+            if below and not isinstance(value, dict):
+                raise ValueError(f"{path}: {key}: {value!r} given, must hold keys of its own")
+            if below:
+                self._check_keys(path, value, key + ".")
+
+
+def config_file(name: str) -> Path:
+    """The file that ``--config`` means: a path, or a packaged configuration such as ``mspn/moving-digits``.
+
+    Raises:
+        FileNotFoundError: neither; the message lists the packaged ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = Path(str(files("vpfast") / "configs"))
+    if name and (packaged / f"{name}.yaml").is_file():
+        return packaged / f"{name}.yaml"
+    names = ", ".join(sorted(str(path.relative_to(packaged).with_suffix("")) for path in packaged.rglob("*.yaml")))
+    raise FileNotFoundError(f"--config {name}: no such file, and no packaged configuration (there are: {names})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: it is not one; the message names the file.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {_one_line(str(error))}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
+    return values
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse says 'Parser key "a.b": Expected ...' over several lines."""
+    line = " ".join(message.split())
+    return line.removeprefix("Parser key ").replace('"', "", 2) if line.startswith("Parser key ") else line

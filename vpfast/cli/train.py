@@ -1,0 +1,29 @@
+"""``vpfast train``: from a YAML file and dotted options to a folder of weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpfast.cli._options import Options
+from vpfast.training import TrainConfig, train
+from vpfast.training.config import from_dict
+
+DESCRIPTION = (
+    "Train a model. Options override the YAML file, e.g. --config mspn/moving-digits --optim.lr 3e-4 "
+    "--model.hidden_channels 16. The run's folder receives config.yaml, log.jsonl, checkpoints/ and weights/."
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train; returns 0 when the weights are written."""
+    options = Options("vpfast train", DESCRIPTION)
+    options.add_config(TrainConfig)
+    options.add_flag("resume", "go on with the run in --out, with its own config.yaml if no --config is given")
+    values = options.parse(argv)
+    if values["resume"] and "--config" not in {arg.partition("=")[0] for arg in argv}:
+        before = Path(values["out"]) / "config.yaml"
+        if before.is_file():
+            values = options.parse(["--config", str(before), *argv])
+    resume = values.pop("resume")
+    weights = train(from_dict(TrainConfig, values), resume=resume)
+    print(f"weights: {weights}")
+    return 0

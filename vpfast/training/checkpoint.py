@@ -1,0 +1,86 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder ``step-00000500`` that holds the model as :func:`vpfast.models.save` writes it and
+``state.pt``, which is read with ``weights_only=True``: tensors and plain values, nothing that can run code.
+"""
+
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vpfast import models
+from vpfast.training.files import new_folder
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the weights. The position in the data follows from ``step``."""
+
+    step: int
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    random: dict[str, Any]
+
+
+def save(root: Path, model: nn.Module, state: State, keep: int) -> Path:
+    """Write ``root/step-NNNNNNNN`` and delete all but the last ``keep`` checkpoints."""
+    path = root / f"step-{state.step:08d}"
+    with new_folder(path, replace=True) as folder:
+        models.save(model, folder)
+        torch.save(vars(state), folder / "state.pt")
+    for old in found(root)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def found(root: Path) -> list[Path]:
+    """The whole checkpoints in ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
+
+
+def load(path: Path, model: nn.Module) -> State:
+    """Put the weights at ``path`` into ``model`` and return the rest.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another model; the message names the folder.
+    """
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        state = State(**torch.load(path / "state.pt", map_location="cpu", weights_only=True))
+    except Exception as error:  # safetensors, zipfile, pickle and torch each fail in their own way
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint {path} cannot be read ({reason}); delete it to go on from the one before")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator a run may draw from, as tensors and plain values."""
+    kind, words, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo :func:`random_state`. CUDA generators are set where there are as many devices as when it was saved."""
+    random.setstate(state["python"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,208 @@
+"""What a training run is made of: plain frozen dataclasses, checked before any data is read."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A dataclass field with a help text for the command line."""
+    made: T
+    if isinstance(default, dict) or dataclasses.is_dataclass(default):
+        made = field(default_factory=lambda: dict(default) if isinstance(default, dict) else default, metadata={"help": text})
+    else:
+        made = field(default=default, metadata={"help": text})
+    return made
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which files of a video folder belong to one split: glob patterns on the path relative to ``data.root``."""
+
+    include: tuple[str, ...] = option((), "patterns of the files in this split; none means the split is empty")
+    exclude: tuple[str, ...] = option((), "patterns of files to leave out again")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from, and how large they are."""
+
+    kind: Literal["moving-digits", "video-folder"] = option("moving-digits", "moving handwritten digits, or videos")
+    root: str | None = option(
+        None,
+        "video-folder: the folder (or one file) of videos; moving-digits: MNIST idx files or mnist_test_seq.npy "
+        "(default: the digits that come with scikit-learn)",
+    )
+    size: int | tuple[int, int] = option(64, "height and width of the frames, [H, W] or one number for both")
+    channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
+    digits: int = option(2, "moving-digits: how many digits move in a clip")
+    clips: int = option(10_000, "moving-digits: clips in the training split")
+    stride: int | None = option(None, "video-folder: frames from one clip's start to the next (default: no overlap)")
+    cache: str | None = option(None, "video-folder: where decoded videos are kept (default: beside the user's caches)")
+    train: SplitConfig = option(SplitConfig(include=("*",)), "video-folder: the files to train on")
+    val: SplitConfig = option(SplitConfig(), "video-folder: the files to watch training with; never the test files")
+    test: SplitConfig = option(SplitConfig(), "video-folder: the files `vpfast evaluate` reports on")
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The pixel loss, and what the network sees while it is trained on it."""
+
+    norm: Literal["sum_squares", "l2", "mse"] = option("sum_squares", "norm of the prediction error")
+    level_weights: Literal["paper", "uniform"] = option("paper", "(L - l)/L, or 1, for level l of L")
+    feedback: Literal["fixed", "random", "detached", "none"] = option(
+        "fixed",
+        "predictions given back in place of real frames: the last `horizon` ones, with gradient (fixed) or without "
+        "(detached); the last few, a number drawn each step (random); none of them",
+    )
+    feedback_range: tuple[int, int] = option((3, 5), "feedback random: fewest and most frames fed back")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its schedule."""
+
+    lr: float = option(1e-3, "learning rate")
+    weight_decay: float = option(0.0, "L2 penalty, added to the gradient as torch.optim.Adam does")
+    clip_norm: float | None = option(None, "clip the gradient to this norm")
+    schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate goes on after warm-up")
+    warmup: int = option(0, "steps over which the learning rate rises from 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a key of the YAML file and an option of ``vpfast train``.
+
+    ``model`` holds ``name`` (default ``mspn``), optionally ``preset``, and any field of the model's configuration,
+    which overrides the preset's.
+    """
+
+    out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/")
+    model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
+    data: DataConfig = option(DataConfig(), "")
+    loss: LossConfig = option(LossConfig(), "")
+    optim: OptimConfig = option(OptimConfig(), "")
+    context: int = option(10, "real frames the network is given")
+    horizon: int = option(10, "frames to predict after them")
+    steps: int = option(10_000, "updates of the weights")
+    batch_size: int = option(8, "clips a step and process")
+    seed: int = option(0, "decides the first weights, the order of the clips, and every other draw")
+    workers: int = option(0, "processes that prepare clips; 0 does it in the training process")
+    device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU when there is one")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the network; weights stay float32")
+    channels_last: bool = option(True, "lay maps out channels last, the faster way for convolutions on most machines")
+    val_every: int = option(500, "steps between validations; 0 for none")
+    val_clips: int = option(64, "clips of the validation split to use")
+    save_every: int = option(500, "steps between checkpoints; 0 for the last step alone")
+    keep: int = option(2, "checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: one line that names the key."""
+        _check_numbers(self)
+        _check_together(self)
+
+    @property
+    def clip_length(self) -> int:
+        """Frames of a training clip."""
+        return self.context + self.horizon
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build the dataclass ``kind`` from nested plain values of the right types, as YAML gives them.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one; or what the dataclass itself refuses.
+    """
+    hints = get_type_hints(kind)
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(unknown_key(key, hints))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            value = from_dict(hints[key], value)  # type: ignore[arg-type]
+        elif isinstance(value, list) and hints[key] != dict[str, Any]:
+            value = tuple(value)
+        made[key] = value
+    return kind(**made)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, lists for tuples: what YAML and JSON hold."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def leaves(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Every key of a configuration class: (dotted key, type, default, help)."""
+    hints = get_type_hints(kind)
+    default = kind()
+    for entry in dataclasses.fields(kind):
+        name, value = prefix + entry.name, getattr(default, entry.name)
+        if dataclasses.is_dataclass(value):
+            for key, hint, _, text in leaves(type(value), name + "."):
+                yield key, hint, _dig(value, key.removeprefix(name + ".")), text
+        else:
+            yield name, hints[entry.name], value, str(entry.metadata["help"])
+
+
+def _dig(value: Any, key: str) -> Any:
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """One line for a key that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _require(fine: bool, key: str, given: object, accepted: str) -> None:
+    if not fine:
+        raise ValueError(f"{key}: {given} given, must be {accepted}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for key in ("context", "horizon", "steps", "batch_size", "keep", "val_clips"):
+        _require(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
+    for key in ("workers", "val_every", "save_every", "seed"):
+        _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
+    data, optim = config.data, config.optim
+    _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
+    _require(data.digits >= 1, "data.digits", data.digits, "at least 1")
+    _require(data.clips >= 1, "data.clips", data.clips, "at least 1")
+    _require(data.stride is None or data.stride >= 1, "data.stride", data.stride, "at least 1")
+    _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+    _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
+    _require(optim.clip_norm is None or optim.clip_norm > 0, "optim.clip_norm", optim.clip_norm, "above 0, or null")
+    _require(0 <= optim.warmup <= config.steps, "optim.warmup", optim.warmup, f"from 0 to steps ({config.steps})")
+
+
+def _check_together(config: TrainConfig) -> None:
+    data, (fewest, most) = config.data, config.loss.feedback_range
+    if config.loss.feedback == "random":
+        fine = 0 <= fewest <= most < config.clip_length
+        _require(fine, "loss.feedback_range", [fewest, most], f"[fewest, most] below the clip's {config.clip_length}")
+    if data.kind == "video-folder":
+        _require(data.root is not None, "data.root", "nothing", "the folder of videos when data.kind is video-folder")
+        _require(bool(data.train.include), "data.train.include", "no pattern", "at least one pattern")
+        if config.val_every:
+            _require(bool(data.val.include), "data.val.include", "no pattern", "at least one pattern, or val_every 0")
+    else:
+        _require(data.channels == 1, "data.channels", data.channels, "1 when data.kind is moving-digits")
+        square = data.frame_size[0] == data.frame_size[1]
+        _require(square, "data.size", list(data.frame_size), "square when data.kind is moving-digits")

@@ -1,0 +1,282 @@
+"""The training loop: one process or many, on any device that Accelerate knows."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vpfast import models
+from vpfast.training import checkpoint
+from vpfast.training.clips import StepBatches, dataset, loader
+from vpfast.training.config import TrainConfig, leaves, to_dict
+from vpfast.training.files import new_folder, write_file
+from vpfast.training.network import build_model
+from vpfast.training.objective import pixel_objective
+
+# What may differ between a run and its continuation without making it another run.
+_FREE = ("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache")
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and can be resumed."""
+
+    def __init__(self, step: int, signum: int, out: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; saved in {out}, --resume goes on")
+        self.signum = signum
+
+
+def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> Path:
+    """Train as ``config`` says and return the folder of the finished weights.
+
+    The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
+    weights/, which :func:`vpfast.models.load` reads. With ``resume`` the run in that folder goes on from its last
+    checkpoint, or from the start where there is none; on the CPU its weights then equal those of a run that was never
+    interrupted, bit for bit, given the same number of threads.
+
+    SIGINT and SIGTERM save a checkpoint and end in :class:`Stopped`.
+
+    Raises:
+        ValueError: the configuration, the data, or the folder does not allow this run; the message names the key.
+        FloatingPointError: the loss is not finite.
+        Stopped: a signal came.
+    """
+    return _Run(config, resume, progress).run()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, resume: bool, progress: bool) -> None:
+        self.config, self.out = config, Path(config.out)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, config.data)
+        _check_folder(config, resume)
+        precision = {"fp32": "no"}.get(config.precision, config.precision)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+        self.progress = progress and self.accelerator.is_main_process
+        self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
+        self.val = self._validation_clips()
+
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(self.accelerator.device)
+        optimizer = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+        self.step = 0
+        if resume:
+            self._resume(model, optimizer)
+        self.plain = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def _validation_clips(self) -> Dataset[Tensor] | None:
+        config = self.config
+        if not config.val_every:
+            return None
+        return dataset(config.data, "val", config.clip_length, config.val_clips, config.seed)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        config, main = self.config, self.accelerator.is_main_process
+        if main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_file(self.out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+            _cut_log(self.out / "log.jsonl", self.step)
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress, dynamic_ncols=True)
+        with _signals() as caught, bar, (self.out / "log.jsonl").open("a") as log:
+            for frames in self._batches():
+                started = time.perf_counter()
+                record = self._update(frames)
+                if self._due(config.val_every) and self.val is not None:
+                    record["val_mse"] = self._validate(self.val)
+                record["seconds"] = round(time.perf_counter() - started, 4)
+                if main:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                bar.set_postfix(_postfix(record, bar), refresh=False)
+                bar.update()
+                if self._due(config.save_every) or caught:
+                    self._save()
+                if caught and self.step < config.steps:
+                    raise Stopped(self.step, caught[0], config.out)
+        return self._finish()
+
+    def _batches(self) -> Iterator[Tensor]:
+        config, accelerator = self.config, self.accelerator
+        batches = StepBatches(
+            len(self.clips),  # type: ignore[arg-type]
+            config.batch_size,
+            range(self.step, config.steps),
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        yield from loader(self.clips, batches, config.workers, pin=accelerator.device.type == "cuda")
+
+    def _update(self, frames: Tensor) -> dict[str, Any]:
+        rate = _learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        frames = frames.to(self.accelerator.device, non_blocking=True)
+        loss = pixel_objective(self.model, frames, self.config, self.step)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.config.optim.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step + 1}; a lower optim.lr (now {self.config.optim.lr}) or "
+                "optim.clip_norm may help"
+            )
+        self.optimizer.step()
+        self.step += 1
+        clips = frames.shape[0] * self.accelerator.num_processes
+        return {"step": self.step, "loss": value, "lr": rate, "clips": clips}
+
+    @torch.no_grad()
+    def _validate(self, clips: Dataset[Tensor]) -> float:
+        """Mean squared error of the future frames, clipped to [0, 1], over the validation clips."""
+        accelerator, config = self.accelerator, self.config
+        mine = range(accelerator.process_index, len(clips), accelerator.num_processes)  # type: ignore[arg-type]
+        chunks = [list(mine[at : at + config.batch_size]) for at in range(0, len(mine), config.batch_size)]
+        self.plain.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        for chunk in chunks:
+            frames = torch.stack([clips[index] for index in chunk]).to(accelerator.device)
+            with accelerator.autocast():
+                future = self.plain.predict(frames[:, : config.context], horizon=config.horizon)  # type: ignore[operator]
+            error = future.float().clamp(0, 1) - frames[:, config.context :]
+            sums += torch.stack([error.double().square().sum(), error.new_tensor(error.numel()).double()])
+        total, count = accelerator.reduce(sums, "sum").tolist()
+        return float(total / count)
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
+
+    # -- what is kept --------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = checkpoint.State(
+                step=self.step,
+                optimizer=self.optimizer.state_dict(),
+                scaler=scaler.state_dict() if scaler is not None else {},
+                random=checkpoint.random_state(),
+            )
+            checkpoint.save(self.out / "checkpoints", self.plain, state, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        saved = checkpoint.found(self.out / "checkpoints")
+        if not saved:
+            return
+        state = checkpoint.load(saved[-1], model)
+        if state.step > self.config.steps:
+            raise ValueError(f"steps: {self.config.steps} given, but {self.out} has {state.step} behind it already")
+        optimizer.load_state_dict(state.optimizer)
+        if state.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        checkpoint.restore_random_state(state.random)
+        self.step = state.step
+
+    def _finish(self) -> Path:
+        weights = self.out / "weights"
+        if self.accelerator.is_main_process:
+            with new_folder(weights, replace=True) as folder:
+                models.save(self.plain, folder)
+                (folder / "training.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        return weights
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Warm-up, then constant or half a cosine down to 0 after the last step. A function of the step alone."""
+    optim = config.optim
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup) / max(1, config.steps - optim.warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _postfix(record: dict[str, Any], bar: "tqdm[Any]") -> dict[str, str]:
+    shown = {"loss": f"{record['loss']:.4g}", "clips/s": f"{record['clips'] / record['seconds']:.1f}"}
+    if "val_mse" in record:
+        shown["val_mse"] = f"{record['val_mse']:.4g}"
+    return shown
+
+
+def _check_folder(config: TrainConfig, resume: bool) -> None:
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, must be a folder")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: {out} is not empty; --resume goes on with the run there, or choose another folder")
+    if resume and (out / "config.yaml").is_file():
+        _check_same_run(config, yaml.safe_load((out / "config.yaml").read_text()))
+
+
+def _check_same_run(config: TrainConfig, before: dict[str, Any]) -> None:
+    now = to_dict(config)
+    for key, _, _, _ in leaves(TrainConfig):
+        if key not in _FREE and _lookup(now, key) != _lookup(before, key):
+            raise ValueError(
+                f"{key}: {_lookup(now, key)} given, but the run in {config.out} was started with "
+                f"{_lookup(before, key)}; resume with that, or choose another out"
+            )
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that the run goes on from, so that no step is told twice."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= step]
+        write_file(path, "".join(line + "\n" for line in lines))
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the line that was being written when the run was killed
+        return math.inf
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM; a second one of a kind acts as it did before."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        signal.signal(signum, before[signum])
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.getsignal(signum)
+            signal.signal(signum, handle)
+    try:
+        yield caught
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
