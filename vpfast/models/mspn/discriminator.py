@@ -1,0 +1,66 @@
+"""The network that scores single frames in MSPN's adversarial training (paper, section III-B)."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpfast.models.mspn.released import convert_discriminator
+from vpfast.nn.bottleneck import LEAK, Bottleneck
+
+
+class Discriminator(nn.Module):
+    """Frames (.., C, H, W) in [0, 1] -> scores (..): the higher, the more real.
+
+    The whole input is first standardised by its own mean and standard deviation, so a score depends on the frames it
+    comes with. Then a 7x7 convolution, and for every further width a Bottleneck with batch norm and a 2x2 max pool,
+    one convolution over all that is left, two linear layers.
+
+    The defaults are those of the released code, for 128x160 (40,812,097 parameters). At 128x128 it was used with
+    ``channels=(64, 64, 128, 256, 256, 512), size=(4, 4)`` (14,812,609 parameters).
+
+    Args:
+        channels: widths, from full resolution down.
+        size: (h, w) of the maps after the last pool: H and W are ``2 ** (len(channels) - 1)`` times that.
+        in_channels: channels of a frame.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64, 128, 256, 512, 1024),
+        size: tuple[int, int] = (4, 5),
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        factor = 2 ** (len(channels) - 1)
+        self.frame_size = (size[0] * factor, size[1] * factor)
+        self.first = nn.Conv2d(in_channels, channels[0], 7, padding=3)
+        self.blocks = nn.ModuleList(Bottleneck(i, o, batch_norm=True) for i, o in pairwise(channels))
+        self.last = nn.Conv2d(channels[-1], 1024, size)
+        self.score = nn.Sequential(nn.Linear(1024, 256), nn.LeakyReLU(LEAK), nn.Linear(256, 1))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N,), or (B, T, C, H, W) -> (B, T).
+
+        Raises:
+            ValueError: frames of another size or number of channels.
+        """
+        expected = (self.in_channels, *self.frame_size)
+        if frames.dim() < 4 or tuple(frames.shape[-3:]) != expected:
+            raise ValueError(
+                f"Discriminator takes frames of shape (..., {', '.join(map(str, expected))}), which its `size` sets; "
+                f"got {tuple(frames.shape)}"
+            )
+        x = frames.flatten(0, -4)
+        # A frame of one colour has no deviation; the bound keeps its score finite and changes no other.
+        x = self.first((x - x.mean()) / x.std().clamp_min(1e-6))
+        for block in self.blocks:
+            x = F.max_pool2d(block(x), 2)
+        scores: Tensor = self.score(self.last(x).flatten(1))
+        return scores.view(frames.shape[:-3])
+
+    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a discriminator of the authors' released code, all of it or nothing: see ``MSPN.load_released``."""
+        self.load_state_dict(convert_discriminator(state_dict, self.state_dict()))

@@ -1,0 +1,72 @@
+"""MSPN's pixel loss (paper, Eq. 5) and the readings of it that are in use."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vpfast.models.mspn.config import DownSampling
+from vpfast.models.mspn.network import MSPNOutput, shrink
+
+Norm = Literal["sum_squares", "l2", "mse"]
+LevelWeights = Literal["paper", "uniform"]
+
+
+def pixel_loss(
+    output: MSPNOutput,
+    frames: Tensor,
+    norm: Norm = "sum_squares",
+    level_weights: LevelWeights = "paper",
+    down_sampling: DownSampling = "nearest",
+) -> Tensor:
+    """The distance of every level's predictions from the real frames, as one number.
+
+    Args:
+        output: what the model gave for T frames and horizon k: predictions P of T + k steps.
+        frames: (B, T + k, C, H, W), the real frames f, those that the model did not see included.
+        norm: with d = P - f at time t and level l, and weights w_l,
+
+            - ``"sum_squares"``: sum over t, l of w_l times the sum of d^2 over batch, channels, pixels (released code);
+            - ``"l2"``: sum over t, l, batch of w_l times the Euclidean norm of d over channels and pixels (Eq. 5);
+            - ``"mse"``: sum over l of w_l times the mean of d^2 over batch, t, channels and pixels.
+        level_weights: ``"paper"``: w_l = (L - l) / L (Table I); ``"uniform"``: 1 (the released code).
+        down_sampling: how the frames of coarser levels are made: the model's ``config.down_sampling``.
+
+    The first step has weight 0: its prediction is made from nothing. Sums are float32 for half-precision predictions.
+
+    Raises:
+        ValueError: an unknown option, fewer than two steps, or frames that do not have the shape of the predictions.
+    """
+    for name, value, choices in (
+        ("norm", norm, get_args(Norm)),
+        ("level_weights", level_weights, get_args(LevelWeights)),
+        ("down_sampling", down_sampling, get_args(DownSampling)),
+    ):
+        if value not in choices:
+            raise ValueError(f"pixel_loss: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    finest = output.predictions[0]
+    if frames.shape != finest.shape:
+        raise ValueError(
+            f"pixel_loss: frames must be the real frames of all {finest.shape[1]} steps, {tuple(finest.shape)}, "
+            f"got {tuple(frames.shape)}"
+        )
+    if frames.shape[1] < 2:
+        raise ValueError("pixel_loss needs at least 2 steps: the first has weight 0; got 1")
+
+    levels = len(output.predictions)
+    targets = frames[:, 1:].flatten(0, 1)
+    total = finest.new_zeros((), dtype=torch.promote_types(finest.dtype, torch.float32))
+    for level, predictions in enumerate(output.predictions):
+        weight = (levels - level) / levels if level_weights == "paper" else 1.0
+        made = predictions[:, 1:].flatten(0, 1).to(total.dtype)
+        difference = made - shrink(targets, 2**level, down_sampling).to(total.dtype)
+        total = total + weight * _reduce(difference, norm)
+    return total
+
+
+def _reduce(difference: Tensor, norm: Norm) -> Tensor:
+    if norm == "l2":
+        norms: Tensor = torch.linalg.vector_norm(difference, dim=(1, 2, 3))
+        return norms.sum()
+    squares = difference.square()
+    return squares.sum() if norm == "sum_squares" else squares.mean()

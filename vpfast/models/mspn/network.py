@@ -1,0 +1,275 @@
+"""The multi-scale predictive network (paper, section III-A and Algorithm 1)."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpfast.models._frames import check_frames, check_horizon, check_size
+from vpfast.models.mspn.config import DownSampling, MSPNConfig
+from vpfast.models.mspn.released import convert_network
+from vpfast.models.storage import storable
+from vpfast.nn import EDLSTMCell, EncLSTMDecCell
+from vpfast.nn._common import State, memory_format, zero_state
+from vpfast.nn.bottleneck import LEAK
+from vpfast.nn.codec import double
+
+Feedback = Literal["attached", "detached"]
+
+
+class MSPNOutput(NamedTuple):
+    """What a whole clip gives.
+
+    ``predictions``: one tensor a level, finest first, (B, T + horizon, C, H / 2^l, W / 2^l). Entry t is the prediction
+    of frame t, made before that frame was seen; the first one is made from nothing. Values are not clamped.
+    """
+
+    predictions: tuple[Tensor, ...]
+
+
+class Ahead(NamedTuple):
+    """The prediction of the next frame at every level, and the recurrent states that it leaves behind."""
+
+    predictions: tuple[Tensor, ...]
+    cells: tuple[State, ...]
+
+
+class MSPNState(NamedTuple):
+    """All that an MSPN remembers between two frames. Treat it as a whole; no method changes it in place."""
+
+    cells: tuple[State, ...]
+    errors: tuple[Tensor, ...]
+    frame: Tensor | None
+    ahead: Ahead | None = None
+
+
+def shrink(maps: Tensor, factor: int, mode: DownSampling) -> Tensor:
+    """(B, C, H, W) -> (B, C, H / factor, W / factor): every factor-th pixel, or the mean of each square."""
+    if factor == 1:
+        return maps
+    if mode == "nearest":
+        return maps[..., ::factor, ::factor]
+    return F.avg_pool2d(maps, factor)
+
+
+@storable("mspn", MSPNConfig)
+class MSPN(nn.Module):
+    """Predicts the next frame at several scales, coarse to fine, from its own prediction errors.
+
+    At each step the levels run from the coarsest to the finest; each sees its own last error, the last error of the
+    level below it and the prediction of the level above it. Then the frame is looked at, and the errors are formed.
+    Once real frames run out the finest prediction takes their place.
+
+    Frames are floating point in [0, 1] and of the type of the weights, H and W multiples of ``config.multiple``.
+    Under autocast and in half precision the cell states stay float32. A model in channels_last keeps that layout. With
+    ``batch_norm`` call ``eval()`` before predicting, as for any network.
+
+    Paper: Ling et al., "Predictive Coding Based Multiscale Network with Encoder-Decoder LSTM for Video Prediction".
+    """
+
+    def __init__(self, config: MSPNConfig) -> None:
+        super().__init__()
+        self.config = config
+        level = _EDLSTMLevel if config.recurrence == "edlstm" else _EncLSTMDecLevel
+        self.levels = nn.ModuleList(level(config, index) for index in range(config.levels))
+
+    def forward(self, frames: Tensor, horizon: int = 0, feedback: Feedback = "attached") -> MSPNOutput:
+        """Run over a clip and ``horizon`` frames beyond it.
+
+        Args:
+            frames: (B, T, C, H, W), T at least 1.
+            horizon: how many frames to predict after the last real one, 0 or more.
+            feedback: whether gradients flow through predictions that take the place of frames.
+
+        Returns:
+            the predictions of all T + horizon steps at every level.
+
+        Raises:
+            TypeError: frames that are not floating point, or of another type than the weights.
+            ValueError: another shape, a size that does not divide, values that are not finite or far outside [0, 1]
+                (below -0.5 or above 1.5); the message holds the number. Values are looked at once a clip, and not
+                while compiling, exporting or capturing a CUDA graph.
+        """
+        check_frames(frames, "B, T, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
+        check_horizon(horizon)
+        if feedback not in ("attached", "detached"):
+            raise ValueError(f"feedback must be 'attached' or 'detached', got {feedback!r}")
+        batch_size, length, _, height, width = frames.shape
+        if length == 0:
+            raise ValueError("frames hold no time step (T = 0); give at least one frame")
+        state = self._zero_state(batch_size, height, width)
+        steps: list[tuple[Tensor, ...]] = []
+        for time in range(length + horizon):
+            predictions, state = self._step(frames[:, time] if time < length else None, state, feedback)
+            steps.append(predictions)
+        return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)))
+
+    @torch.no_grad()
+    def predict(self, frames: Tensor, horizon: int) -> Tensor:
+        """The future alone, without gradients: (B, T, C, H, W) -> (B, horizon, C, H, W). Errors as in ``forward``."""
+        finest: Tensor = self(frames, horizon).predictions[0]
+        return finest[:, frames.shape[1] :]
+
+    def init_state(self, batch_size: int, height: int, width: int) -> MSPNState:
+        """The state before the first frame: zeros, on the device and in the type and layout of the weights.
+
+        Raises:
+            ValueError: a size that does not divide.
+        """
+        check_size(height, width, self.config.multiple)
+        return self._zero_state(batch_size, height, width)
+
+    def step(self, frame: Tensor | None, state: MSPNState, feedback: Feedback = "attached") -> tuple[Tensor, MSPNState]:
+        """Predict the next frame, then look at it: ``frame`` (B, C, H, W) -> ``prediction, state``.
+
+        The prediction (B, C, H, W) is made before ``frame`` is looked at; with None it takes the frame's place. Frame
+        by frame this gives exactly what ``forward`` gives. Errors as in ``forward``.
+        """
+        if frame is not None:
+            check_frames(frame, "B, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
+            expected = (state.errors[0].shape[0], self.config.in_channels, *state.errors[0].shape[2:])
+            if tuple(frame.shape) != expected:
+                raise ValueError(f"the state was made for frames of shape {expected}, got {tuple(frame.shape)}")
+        predictions, state = self._step(frame, state, feedback)
+        return predictions[0], state
+
+    def peek(self, state: MSPNState) -> tuple[Tensor, MSPNState]:
+        """The prediction of the next frame without moving on: -> ``prediction, state``.
+
+        The state returned is at the same point in time and holds the prediction, so that the ``step`` that follows does
+        not compute it again.
+        """
+        ahead = state.ahead or self._look_ahead(state)
+        return ahead.predictions[0], state._replace(ahead=ahead)
+
+    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of the MSPN authors' released code, all of it or nothing.
+
+        Keys may carry the prefix ``module.`` of DataParallel. Weights that the released code registers and never uses
+        are left out. Gates are brought from their order, ``"ifog"``, into ``config.gate_order``.
+
+        Raises:
+            TypeError: not a mapping of names to tensors.
+            ValueError: a tensor that is missing, not known, or of another shape; the message names it and both shapes.
+        """
+        self.load_state_dict(convert_network(state_dict, self.state_dict(), self.config))
+
+    @property
+    def _weight(self) -> Tensor:
+        """A convolution's weight: every activation takes its type, device and layout from it."""
+        weight: Tensor = self.levels[0].cell.encoder.stem.weight  # type: ignore[union-attr, assignment]
+        return weight
+
+    def _zero_state(self, batch_size: int, height: int, width: int) -> MSPNState:
+        weight, config = self._weight, self.config
+        layout = memory_format(weight)
+
+        def zeros(channels: int, level: int) -> Tensor:
+            shape = (batch_size, channels, height >> level, width >> level)
+            return torch.zeros(shape, dtype=weight.dtype, device=weight.device).contiguous(memory_format=layout)
+
+        cells = []
+        for index, level in enumerate(self.levels):
+            factor = config.multiple if config.recurrence == "enc_lstm_dec" else 2**index
+            hidden: int = level.cell.hidden_channels  # type: ignore[union-attr, assignment]
+            cells.append(zero_state(weight, (batch_size, hidden, height // factor, width // factor)))
+        errors = tuple(zeros(2 * config.in_channels, level) for level in range(config.levels))
+        return MSPNState(tuple(cells), errors, zeros(config.in_channels, 0) if config.feed_frame else None)
+
+    def _step(self, frame: Tensor | None, state: MSPNState, feedback: Feedback) -> tuple[tuple[Tensor, ...], MSPNState]:
+        ahead = state.ahead or self._look_ahead(state)
+        if frame is None:
+            frame = ahead.predictions[0] if feedback == "attached" else ahead.predictions[0].detach()
+        errors = self._compare(ahead.predictions, frame)
+        return ahead.predictions, MSPNState(ahead.cells, errors, frame if self.config.feed_frame else None)
+
+    def _look_ahead(self, state: MSPNState) -> Ahead:
+        """Top-down pass (Algorithm 1, lines 4-12)."""
+        top = self.config.levels - 1
+        predictions: list[Tensor] = []
+        cells: list[State] = []
+        feature: Tensor | None = None
+        for index in range(top, -1, -1):
+            inputs = [state.errors[index]]
+            if index > 0:
+                inputs.append(shrink(state.errors[index - 1], 2, self.config.down_sampling))
+            if index < top:
+                inputs.append(double(predictions[-1]))
+            if index == 0 and state.frame is not None:
+                inputs.append(state.frame)
+            prediction, cell, feature = self.levels[index](torch.cat(inputs, dim=1), state.cells[index], feature)
+            predictions.append(prediction)
+            cells.append(cell)
+        return Ahead(tuple(reversed(predictions)), tuple(reversed(cells)))
+
+    def _compare(self, predictions: tuple[Tensor, ...], frame: Tensor) -> tuple[Tensor, ...]:
+        """Bottom-up pass (Algorithm 1, lines 13-16): positive and negative errors of every level."""
+        layout = memory_format(self._weight)
+        errors = []
+        for level, prediction in enumerate(predictions):
+            target = shrink(frame, 2**level, self.config.down_sampling)
+            error = torch.cat((F.relu(target - prediction), F.relu(prediction - target)), dim=1)
+            errors.append(error.contiguous(memory_format=layout))
+        return tuple(errors)
+
+
+def _input_channels(config: MSPNConfig, level: int) -> int:
+    """Own error, the error of the level below, the prediction of the level above, the frame: as far as they exist."""
+    own, below = 2, 2 * (level > 0)
+    above, frame = int(level < config.levels - 1), int(level == 0 and config.feed_frame)
+    return (own + below + above + frame) * config.in_channels
+
+
+class _EDLSTMLevel(nn.Module):
+    """One level: EDLSTM, then the head that makes a frame of h."""
+
+    def __init__(self, config: MSPNConfig, level: int) -> None:
+        super().__init__()
+        channels = config.level_channels(level)
+        shares = config.enc_info and level < config.levels - 1
+        self.enc_info = config.enc_info
+        self.cell = EDLSTMCell(
+            _input_channels(config, level),
+            config.hidden_channels,
+            channels,
+            shared_channels=config.level_channels(level + 1)[-1] if shares else 0,
+            batch_norm=config.batch_norm,
+            input_kernel_size=config.input_kernel_size,
+            widen=config.widen,
+            gate_order=config.gate_order,
+        )
+        self.head = nn.Conv2d(config.hidden_channels, config.in_channels, 5, padding=2)
+
+    def forward(self, x: Tensor, state: State, shared: Tensor | None) -> tuple[Tensor, State, Tensor | None]:
+        state, feature = self.cell.step(x, state, shared)
+        return F.leaky_relu(self.head(state[0]), LEAK), state, feature if self.enc_info else None
+
+
+class _EncLSTMDecLevel(nn.Module):
+    """One level of the ablation: the decoder's output is the frame, and nothing is handed down."""
+
+    def __init__(self, config: MSPNConfig, level: int) -> None:
+        super().__init__()
+        self.cell = EncLSTMDecCell(
+            _input_channels(config, level),
+            config.in_channels,
+            config.level_channels(level),
+            batch_norm=config.batch_norm,
+            input_kernel_size=config.input_kernel_size,
+            widen=config.widen,
+            gate_order=config.gate_order,
+            output_kernel_size=config.lstm_output_kernel_size,
+        )
+
+    def forward(self, x: Tensor, state: State, shared: Tensor | None) -> tuple[Tensor, State, Tensor | None]:
+        prediction, state = self.cell(x, state)
+        return prediction, state, None
+
+
+def _stack(maps: tuple[Tensor, ...]) -> Tensor:
+    """T maps (B, C, H, W) -> (B, T, C, H, W), each time step in the layout of the maps."""
+    if memory_format(maps[-1]) is torch.channels_last:
+        return torch.stack([x.movedim(1, -1) for x in maps], dim=1).movedim(-1, 2)
+    return torch.stack(maps, dim=1)

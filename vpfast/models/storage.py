@@ -1,0 +1,143 @@
+"""A model as a folder: ``model.safetensors`` beside ``config.json``. Nothing in it is ever unpickled."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vpfast._version import __version__
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class _ModelClass(Protocol):
+    def __call__(self, config: Any) -> nn.Module: ...
+
+
+_kinds: dict[str, tuple[_ModelClass, type[Any]]] = {}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def storable(kind: str, config_class: type[Any]) -> Callable[[type[M]], type[M]]:
+    """Class decorator: models of this class are saved under the name ``kind``.
+
+    The class is built from one argument, an instance of the dataclass ``config_class``, and keeps it as ``config``.
+    """
+
+    def register(model_class: type[M]) -> type[M]:
+        _kinds[kind] = (model_class, config_class)
+        return model_class
+
+    return register
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write ``model`` into ``folder``, made where it is missing; other files in it are left alone.
+
+    ``config.json`` holds ``{"model": kind, "config": {...}, "vpfast": version}``, ``model.safetensors`` every parameter
+    and buffer in its own type. Both are written under temporary names, flushed to disk and renamed, so a crash leaves
+    no half-written file.
+
+    Raises:
+        TypeError: not a model of :mod:`vpfast.models`.
+    """
+    description = _describe(model)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        # The description travels inside the weights too: load() sees when the two files are of two different saves.
+        save_file(state, os.path.join(temporary, WEIGHTS), metadata={"vpfast": json.dumps(description)})
+        Path(temporary, CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        for name in (WEIGHTS, CONFIG):
+            _flush(Path(temporary, name))
+            os.replace(os.path.join(temporary, name), folder / name)
+
+
+def load(folder: str | os.PathLike[str]) -> nn.Module:
+    """The model that :func:`save` wrote into ``folder``: on the CPU, in its saved type, in training mode.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: the files are damaged, not vpfast's, of two different saves, or do not fit each other; the message
+            names the file and what is wrong.
+    """
+    folder = Path(folder)
+    for path in (folder, folder / CONFIG, folder / WEIGHTS):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; a saved model is a folder with {CONFIG} and {WEIGHTS}")
+    description = _read_description(folder / CONFIG)
+    model_class, config_class = _kinds[description["model"]]
+    state, written_with = _read_weights(folder / WEIGHTS)
+    if written_with is not None and written_with != {key: description[key] for key in ("model", "config")}:
+        raise ValueError(f"{folder / WEIGHTS} was saved with another configuration than {CONFIG} beside it")
+    try:
+        config = config_class(**description["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: this version ({__version__}) cannot build it: {error}") from error
+    with torch.device("meta"):
+        model = model_class(config)
+    _check_state(folder / WEIGHTS, state, model.state_dict())
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    for kind, (model_class, _) in _kinds.items():
+        if type(model) is model_class:
+            # Through JSON once, so that what is compared later has the types that a reader gets (lists, not tuples).
+            config = json.loads(json.dumps(dataclasses.asdict(model.config)))  # type: ignore[call-overload]
+            return {"model": kind, "config": config, "vpfast": __version__}
+    raise TypeError(f"can save a {' or '.join(c.__name__ for c, _ in _kinds.values())}, got {type(model).__name__}")  # type: ignore[attr-defined]
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
+        raise ValueError(f'{path} does not describe a vpfast model: it needs "model" and "config"')
+    if description.get("model") not in _kinds:
+        raise ValueError(f'{path}: "model" is {description.get("model")!r}; this version knows {", ".join(_kinds)}')
+    return description
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        written_with = json.loads(metadata["vpfast"]) if "vpfast" in metadata else None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if written_with is not None:
+        written_with = {key: written_with[key] for key in ("model", "config")}
+    return state, written_with
+
+
+def _check_state(path: Path, found: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    for key in sorted(needed.keys() - found.keys()):
+        raise ValueError(f"{path} lacks {key!r}, which {CONFIG} beside it calls for")
+    for key in sorted(found.keys() - needed.keys()):
+        raise ValueError(f"{path} holds {key!r}, which {CONFIG} beside it does not know")
+    for key, tensor in needed.items():
+        if found[key].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {key!r} has shape {tuple(found[key].shape)}, but {CONFIG} beside it calls for "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,95 @@
+"""The encoder-decoder LSTM of MSPN (paper, section III, Eq. 1-4): a recurrent cell whose gates come from a codec."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpfast.nn._common import State, check_maps, zero_state
+from vpfast.nn.bottleneck import LEAK
+from vpfast.nn.codec import Decoder, Encoder, Widen
+from vpfast.ops import edlstm_gates
+
+
+class EDLSTMCell(nn.Module):
+    """An LSTM cell on maps that computes its gates with an encoder-decoder network, skips included.
+
+    It takes the place of a ConvLSTM cell and sees as far as its encoder is deep; the LSTM gating is one kernel.
+
+    Args:
+        in_channels: channels of the input.
+        hidden_channels: channels of h and c.
+        channels: widths of the encoder from full resolution down, at least two. Each further one halves the maps, so H
+            and W must be multiples of ``2 ** (len(channels) - 1)``.
+        shared_channels: channels of a coarser cell's bottleneck feature that is merged into this one's (Eq. 4); 0
+            builds no merging layer.
+        batch_norm: a BatchNorm2d after every convolution inside the Bottlenecks.
+        input_kernel_size: of the first convolution, odd.
+        widen: whether an encoder stage widens its maps before or after its max pool.
+        gate_order: a permutation of ``"fiog"``, the order of the gates in the decoder's output.
+
+    Raises:
+        ValueError: fewer than two ``channels`` or an even ``input_kernel_size``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        channels: Sequence[int] = (32, 64, 128),
+        *,
+        shared_channels: int = 0,
+        batch_norm: bool = False,
+        input_kernel_size: int = 5,
+        widen: Widen = "before_pool",
+        gate_order: str = "ifog",
+    ) -> None:
+        super().__init__()
+        if len(channels) < 2:
+            raise ValueError(f"EDLSTMCell: channels needs at least two widths, got {tuple(channels)}")
+        if input_kernel_size % 2 == 0:
+            raise ValueError(f"EDLSTMCell: input_kernel_size must be odd, got {input_kernel_size}")
+        self.in_channels = in_channels
+        self.hidden_channels = hidden_channels
+        self.gate_order = gate_order
+        self.factor = 2 ** (len(channels) - 1)
+        self.encoder = Encoder(in_channels + hidden_channels, channels, input_kernel_size, batch_norm, widen)
+        self.share: nn.Conv2d | None = None
+        if shared_channels:
+            self.share = nn.Conv2d(channels[-1] + shared_channels, channels[-1], 3, padding=1, bias=False)
+        self.decoder = Decoder(channels, 4 * hidden_channels, batch_norm)
+
+    def forward(self, x: Tensor, state: State | None = None, shared: Tensor | None = None) -> tuple[Tensor, State]:
+        """One step: ``x`` (B, in_channels, H, W) and the state of the step before -> ``h, (h, c)``.
+
+        Without ``state`` the cell starts from zeros. h and c are (B, hidden_channels, H, W); c stays float32 beside
+        half-precision maps. ``shared`` (B, shared_channels, H/factor, W/factor) is a coarser cell's feature.
+
+        Raises:
+            ValueError: another number of dimensions or channels, a size that does not divide, or ``shared`` given to a
+                cell built without ``shared_channels``, or left out of one built with them.
+        """
+        state, _ = self.step(x, state, shared)
+        return state[0], state
+
+    def step(self, x: Tensor, state: State | None = None, shared: Tensor | None = None) -> tuple[State, Tensor]:
+        """As ``forward``, but -> ``(h, c), feature`` with the bottleneck feature that a finer cell can share.
+
+        The feature is (B, channels[-1], H/factor, W/factor), after the merge with ``shared``.
+        """
+        check_maps("EDLSTMCell", x, self.in_channels, self.factor)
+        h, c = state or zero_state(x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
+        *skips, feature = self.encoder(torch.cat((x, h), dim=1))
+        feature = self._merge(feature, shared)  # Eq. 4
+        gates = self.decoder(feature, skips)  # Eq. 1
+        return edlstm_gates(gates, c, self.gate_order), feature  # Eq. 2-3
+
+    def _merge(self, feature: Tensor, shared: Tensor | None) -> Tensor:
+        if self.share is None:
+            if shared is not None:
+                raise ValueError("EDLSTMCell: got a shared feature, but the cell was built with shared_channels=0")
+            return feature
+        if shared is None:
+            raise ValueError("EDLSTMCell: built with shared_channels, so every step needs the shared feature")
+        return F.leaky_relu(self.share(torch.cat((feature, shared), dim=1)), LEAK)
