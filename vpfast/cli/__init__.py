@@ -69,7 +69,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def _sentence(error: Exception, args: list[str]) -> str:
     if isinstance(error, ImportError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
-        return f"`vpfast {args[0]}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
+        return (
+            f"`vpfast {args[0]}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
+        )
     return " ".join(str(error).split())
 
 

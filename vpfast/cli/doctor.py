@@ -63,7 +63,10 @@ def _section(title: str, lines: Iterator[tuple[str, object]]) -> Iterator[str]:
 def _versions() -> Iterator[tuple[str, object]]:
     yield "vpfast", f"{__version__} in {os.path.dirname(os.path.dirname(__file__))}"
     yield "python", f"{platform.python_version()} at {sys.executable}"
-    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'not included'}"
+    yield (
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'not included'}",
+    )
     yield "platform", platform.platform()
 
 

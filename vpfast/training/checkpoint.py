@@ -4,6 +4,7 @@ A checkpoint is a folder ``step-00000500`` that holds the model as :func:`vpfast
 ``state.pt``, which is read with ``weights_only=True``: tensors and plain values, nothing that can run code.
 """
 
+import json
 import random
 import re
 import shutil
@@ -17,8 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vpfast import models
+from vpfast.models import MSPN
+from vpfast.training.config import TrainConfig, from_dict, to_dict
 from vpfast.training.files import new_folder
 
+_CONFIG = "training.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -32,15 +36,38 @@ class State:
     random: dict[str, Any]
 
 
-def save(root: Path, model: nn.Module, state: State, keep: int) -> Path:
-    """Write ``root/step-NNNNNNNN`` and delete all but the last ``keep`` checkpoints."""
+def save(root: Path, model: nn.Module, state: State, config: TrainConfig) -> Path:
+    """Write ``root/step-NNNNNNNN`` and delete all but the last ``config.keep`` checkpoints."""
     path = root / f"step-{state.step:08d}"
     with new_folder(path, replace=True) as folder:
-        models.save(model, folder)
+        write_weights(folder, model, config)
         torch.save(vars(state), folder / "state.pt")
-    for old in found(root)[:-keep]:
+    for old in found(root)[: -config.keep]:
         shutil.rmtree(old)
     return path
+
+
+def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
+    """The model, and beside it how it was trained: the size of its frames, its context, where its clips came from."""
+    models.save(model, folder)
+    (folder / _CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read_weights(folder: Path) -> tuple[MSPN, TrainConfig | None]:
+    """The model in ``folder``, and how it was trained where that is known.
+
+    Raises:
+        FileNotFoundError, ValueError: no model, or a damaged one; the message names the file.
+    """
+    model = models.load(folder)
+    assert isinstance(model, MSPN)
+    path = folder / _CONFIG
+    if not path.is_file():
+        return model, None
+    try:
+        return model, from_dict(TrainConfig, json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a training run: {error}") from error
 
 
 def found(root: Path) -> list[Path]:
@@ -61,7 +88,9 @@ def load(path: Path, model: nn.Module) -> State:
         state = State(**torch.load(path / "state.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # safetensors, zipfile, pickle and torch each fail in their own way
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the checkpoint {path} cannot be read ({reason}); delete it to go on from the one before")
+        raise ValueError(
+            f"the checkpoint {path} cannot be read ({reason}); delete it to go on from the one before"
+        ) from error
     return state
 
 

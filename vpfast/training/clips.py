@@ -27,6 +27,7 @@ def dataset(config: DataConfig, split: str, length: int, count: int | None = Non
             seed=seed,
             size=config.frame_size[0],
             digits=config.digits,
+            digit_size=config.digit_size,
         )
     patterns = getattr(config, split)
     if not patterns.include:

@@ -1,10 +1,12 @@
 """What a training run is made of: plain frozen dataclasses, checked before any data is read."""
 
+# ruff: noqa: RUF009 - option() makes a dataclass field
+
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 T = TypeVar("T")
 
@@ -12,8 +14,8 @@ T = TypeVar("T")
 def option(default: T, text: str) -> T:
     """A dataclass field with a help text for the command line."""
     made: T
-    if isinstance(default, dict) or dataclasses.is_dataclass(default):
-        made = field(default_factory=lambda: dict(default) if isinstance(default, dict) else default, metadata={"help": text})
+    if isinstance(default, dict):
+        made = field(default_factory=lambda: cast(T, dict(default)), metadata={"help": text})
     else:
         made = field(default=default, metadata={"help": text})
     return made
@@ -40,6 +42,7 @@ class DataConfig:
     size: int | tuple[int, int] = option(64, "height and width of the frames, [H, W] or one number for both")
     channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
     digits: int = option(2, "moving-digits: how many digits move in a clip")
+    digit_size: int = option(28, "moving-digits: height and width of a digit")
     clips: int = option(10_000, "moving-digits: clips in the training split")
     stride: int | None = option(None, "video-folder: frames from one clip's start to the next (default: no overlap)")
     cache: str | None = option(None, "video-folder: where decoded videos are kept (default: beside the user's caches)")
@@ -87,6 +90,7 @@ class TrainConfig:
     """
 
     out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/")
+    init: str | None = option(None, "a folder of weights to start from, in place of random ones")
     model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
     data: DataConfig = option(DataConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
@@ -183,8 +187,8 @@ def _check_numbers(config: TrainConfig) -> None:
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
-    _require(data.digits >= 1, "data.digits", data.digits, "at least 1")
-    _require(data.clips >= 1, "data.clips", data.clips, "at least 1")
+    for key in ("digits", "digit_size", "clips"):
+        _require(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _require(data.stride is None or data.stride >= 1, "data.stride", data.stride, "at least 1")
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
     _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
@@ -206,3 +210,5 @@ def _check_together(config: TrainConfig) -> None:
         _require(data.channels == 1, "data.channels", data.channels, "1 when data.kind is moving-digits")
         square = data.frame_size[0] == data.frame_size[1]
         _require(square, "data.size", list(data.frame_size), "square when data.kind is moving-digits")
+        fits = data.digit_size <= data.frame_size[0]
+        _require(fits, "data.digit_size", data.digit_size, f"at most data.size ({data.frame_size[0]})")

@@ -18,23 +18,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vpfast import models
 from vpfast.training import checkpoint
 from vpfast.training.clips import StepBatches, dataset, loader
 from vpfast.training.config import TrainConfig, leaves, to_dict
 from vpfast.training.files import new_folder, write_file
-from vpfast.training.network import build_model
+from vpfast.training.network import build_model, start_from
 from vpfast.training.objective import pixel_objective
 
 # What may differ between a run and its continuation without making it another run.
 _FREE = ("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache")
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - not a failure
     """The run was asked to stop, has saved, and can be resumed."""
 
     def __init__(self, step: int, signum: int, out: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; saved in {out}, --resume goes on")
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; saved in {out}, resume goes on")
         self.signum = signum
 
 
@@ -69,12 +68,14 @@ class _Run:
         self.val = self._validation_clips()
 
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model = model.to(self.accelerator.device)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(self.accelerator.device)
         optimizer = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
         self.step = 0
         if resume:
             self._resume(model, optimizer)
+        if config.init is not None and self.step == 0:
+            start_from(model, config.init)
         self.plain = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -94,21 +95,22 @@ class _Run:
             _cut_log(self.out / "log.jsonl", self.step)
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress, dynamic_ncols=True)
         with _signals() as caught, bar, (self.out / "log.jsonl").open("a") as log:
+            started = time.perf_counter()
             for frames in self._batches():
-                started = time.perf_counter()
                 record = self._update(frames)
+                record["seconds"] = round(time.perf_counter() - started, 4)
                 if self._due(config.val_every) and self.val is not None:
                     record["val_mse"] = self._validate(self.val)
-                record["seconds"] = round(time.perf_counter() - started, 4)
                 if main:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
-                bar.set_postfix(_postfix(record, bar), refresh=False)
+                bar.set_postfix(_postfix(record), refresh=False)
                 bar.update()
-                if self._due(config.save_every) or caught:
+                if self._due(config.save_every) or self._due(config.steps) or caught:
                     self._save()
                 if caught and self.step < config.steps:
                     raise Stopped(self.step, caught[0], config.out)
+                started = time.perf_counter()
         return self._finish()
 
     def _batches(self) -> Iterator[Tensor]:
@@ -129,7 +131,7 @@ class _Run:
             group["lr"] = rate
         self.model.train()
         frames = frames.to(self.accelerator.device, non_blocking=True)
-        loss = pixel_objective(self.model, frames, self.config, self.step)
+        loss = pixel_objective(self.model, frames, self.config, self.plain.config, self.step)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.config.optim.clip_norm is not None:
@@ -156,7 +158,7 @@ class _Run:
         for chunk in chunks:
             frames = torch.stack([clips[index] for index in chunk]).to(accelerator.device)
             with accelerator.autocast():
-                future = self.plain.predict(frames[:, : config.context], horizon=config.horizon)  # type: ignore[operator]
+                future = self.plain.predict(frames[:, : config.context], horizon=config.horizon)
             error = future.float().clamp(0, 1) - frames[:, config.context :]
             sums += torch.stack([error.double().square().sum(), error.new_tensor(error.numel()).double()])
         total, count = accelerator.reduce(sums, "sum").tolist()
@@ -176,7 +178,7 @@ class _Run:
                 scaler=scaler.state_dict() if scaler is not None else {},
                 random=checkpoint.random_state(),
             )
-            checkpoint.save(self.out / "checkpoints", self.plain, state, self.config.keep)
+            checkpoint.save(self.out / "checkpoints", self.plain, state, self.config)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -196,8 +198,7 @@ class _Run:
         weights = self.out / "weights"
         if self.accelerator.is_main_process:
             with new_folder(weights, replace=True) as folder:
-                models.save(self.plain, folder)
-                (folder / "training.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+                checkpoint.write_weights(folder, self.plain, self.config)
         self.accelerator.wait_for_everyone()
         return weights
 
@@ -213,7 +214,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _postfix(record: dict[str, Any], bar: "tqdm[Any]") -> dict[str, str]:
+def _postfix(record: dict[str, Any]) -> dict[str, str]:
     shown = {"loss": f"{record['loss']:.4g}", "clips/s": f"{record['clips'] / record['seconds']:.1f}"}
     if "val_mse" in record:
         shown["val_mse"] = f"{record['val_mse']:.4g}"
@@ -278,5 +279,5 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
+from vpfast import models
 from vpfast.models import MSPN, MSPNConfig
 from vpfast.training.config import DataConfig, unknown_key
 
 
-def build_model(options: Mapping[str, Any], data: DataConfig) -> nn.Module:
+def build_model(options: Mapping[str, Any], data: DataConfig) -> MSPN:
     """A new model with random weights.
 
     Args:
@@ -41,3 +40,15 @@ def build_model(options: Mapping[str, Any], data: DataConfig) -> nn.Module:
         if side % config.multiple:
             raise ValueError(f"data.size: {side} given, must be a multiple of {config.multiple} for this model")
     return MSPN(config)
+
+
+def start_from(model: MSPN, folder: str) -> None:
+    """Put the weights in ``folder`` into ``model``.
+
+    Raises:
+        FileNotFoundError, ValueError: no model there, or another one than ``model``; the message names the folder.
+    """
+    other = models.load(folder)
+    if other.config != model.config:
+        raise ValueError(f"init: the weights in {folder} are of {other.config}, this run's model is {model.config}")
+    model.load_state_dict(other.state_dict())

@@ -2,28 +2,21 @@
 
 import random
 
-import torch
 from torch import Tensor, nn
 
-from vpfast.models.mspn import pixel_loss
+from vpfast.models.mspn import MSPNConfig, pixel_loss
 from vpfast.training.config import TrainConfig
 
 
-def pixel_objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Tensor:
+def pixel_objective(model: nn.Module, frames: Tensor, config: TrainConfig, network: MSPNConfig, step: int) -> Tensor:
     """MSPN's pixel loss on ``frames`` (B, T, C, H, W), with predictions fed back as ``config.loss.feedback`` says.
 
     MSPN paper, Eq. 5 and section III-B, Long-term Prediction.
     """
     fed_back = frames_fed_back(config, step)
-    real = frames.shape[1] - fed_back
-    if config.loss.feedback == "detached":
-        # The fed-back frames are constants, so a first pass without gradient gives them and a second one learns.
-        with torch.no_grad():
-            future = model(frames[:, :real], horizon=fed_back).predictions[0][:, real:]
-        output = model(torch.cat([frames[:, :real], future.to(frames.dtype)], dim=1))
-    else:
-        output = model(frames[:, :real], horizon=fed_back)
-    return pixel_loss(output, frames, norm=config.loss.norm, level_weights=config.loss.level_weights)
+    feedback = "detached" if config.loss.feedback == "detached" else "attached"
+    output = model(frames[:, : frames.shape[1] - fed_back], horizon=fed_back, feedback=feedback)
+    return pixel_loss(output, frames, config.loss.norm, config.loss.level_weights, network.down_sampling)
 
 
 def frames_fed_back(config: TrainConfig, step: int) -> int:

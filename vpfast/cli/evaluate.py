@@ -1,0 +1,109 @@
+"""``vpfast evaluate``: the errors of a trained model on held-out clips, beside those of repeating the last frame."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vpfast.cli._options import Options
+from vpfast.metrics import Report, VideoMetrics
+from vpfast.models import MSPN
+from vpfast.training.checkpoint import read_weights
+from vpfast.training.clips import SPLITS, dataset
+from vpfast.training.config import DataConfig, TrainConfig, from_dict
+from vpfast.training.files import write_file
+
+DESCRIPTION = (
+    "Measure a trained model on the test split of the data it was trained on, or of other data by --data.*: MSE, MAE, "
+    "PSNR and SSIM under vpfast's default protocol, per frame and mean, beside repeating the last real frame. Prints "
+    "markdown; --out writes JSON."
+)
+
+DIGIT_CLIPS = 1000
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluate; returns 0."""
+    weights = _weights(argv)
+    model, trained = (None, None) if weights is None else read_weights(weights)
+    values = _options(trained).parse(argv)
+    if model is None:
+        raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
+    config = _checked(values)
+    count = values["clips"] or (DIGIT_CLIPS if config.data.kind == "moving-digits" else None)
+    clips = dataset(config.data, values["split"], config.clip_length, count, config.seed)
+    reports = evaluate(model, clips, config.context, config.batch_size, progress=True)
+    asked = {key: values[key] for key in ("weights", "split", "context", "horizon")}
+    asked["clips"] = len(clips)  # type: ignore[arg-type]
+    print(
+        "{clips} clips of the {split} split, {horizon} frames from {context}, protocol default\n".format(**asked),
+        markdown(reports),
+        sep="\n",
+    )
+    if values["out"]:
+        results = {name: report.to_dict() for name, report in reports.items()}
+        write_file(Path(values["out"]), json.dumps({**asked, **results}, indent=2) + "\n")
+    return 0
+
+
+def evaluate(
+    model: MSPN, clips: Dataset[Tensor], context: int, batch_size: int = 8, progress: bool = False
+) -> dict[str, Report]:
+    """Reports under ``"prediction"`` and ``"repeat last frame"`` on ``clips`` of (T, C, H, W), T > context."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    metrics = {"prediction": VideoMetrics(), "repeat last frame": VideoMetrics()}
+    for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=not progress, leave=False):
+        frames = frames.to(device)
+        seen, future = frames[:, :context], frames[:, context:]
+        prediction = model.predict(seen, horizon=future.shape[1])
+        metrics["prediction"].update(prediction, future)
+        metrics["repeat last frame"].update(seen[:, -1:].expand_as(future), future)
+    return {name: metric.compute() for name, metric in metrics.items()}
+
+
+def markdown(reports: dict[str, Report]) -> str:
+    """The means side by side, then the model's errors frame by frame."""
+    names = list(next(iter(reports.values())).mean)
+    lines = ["| mean | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for title, report in reports.items():
+        lines.append(f"| {title} | " + " | ".join(f"{report.mean[name]:.5g}" for name in names) + " |")
+    return "\n".join([*lines, "", reports["prediction"].markdown()])
+
+
+def _weights(argv: Sequence[str]) -> Path | None:
+    """``--weights`` is looked for first: how those weights were trained gives the other options their defaults."""
+    if "-h" in argv or "--help" in argv:
+        return None
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name == "--weights":
+            return Path(value if equals else following)
+    return None
+
+
+def _options(trained: TrainConfig | None) -> Options:
+    options = Options("vpfast evaluate", DESCRIPTION)
+    options.add("weights", str, None, "a folder of weights, or a checkpoint; the options below default to its own")
+    options.add("split", Literal[SPLITS], "test", "which clips")
+    options.add("context", int, trained.context if trained else 10, "real frames the model is given")
+    options.add("horizon", int, trained.horizon if trained else 10, "frames it predicts")
+    options.add("clips", int | None, None, f"how many clips (default: {DIGIT_CLIPS} of moving digits, all of videos)")
+    options.add("batch_size", int, 8, "clips at a time")
+    options.add("seed", int, trained.seed if trained else 0, "moving-digits: decides the clips")
+    options.add("out", str | None, None, "a JSON file to write the numbers to")
+    options.add_config(DataConfig, "data.", trained.data if trained else None)
+    return options
+
+
+def _checked(values: dict[str, Any]) -> TrainConfig:
+    """The part of a run's configuration that an evaluation uses; ValueError names the key that cannot be."""
+    if values["clips"] is not None and values["clips"] < 1:
+        raise ValueError(f"clips: {values['clips']} given, must be at least 1")
+    kept = {key: values[key] for key in ("context", "horizon", "batch_size", "seed")}
+    return TrainConfig(data=from_dict(DataConfig, values["data"]), val_every=0, **kept)

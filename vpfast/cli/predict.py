@@ -1,0 +1,105 @@
+"""``vpfast predict``: how a video goes on, as pictures and numbers."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpfast.cli import Parser
+from vpfast.data import VideoError, read_video
+from vpfast.training.checkpoint import read_weights
+from vpfast.training.files import new_folder
+from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
+
+DESCRIPTION = """Predict the frames that follow `context` real frames of a video. The output folder receives:
+
+  prediction.npy   the predicted frames alone: float32 (horizon, C, H, W) in [0, 1]
+  prediction.gif   the real frames, then the prediction; beside what really followed where the video has it
+  prediction.mp4   the same
+  strip.png        the predicted frames in a row, with what really followed and the difference where known"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Predict and write; returns 0. Nothing is left behind where something fails."""
+    options = _parse(argv)
+    if options.out.exists() and not options.force:
+        raise FileExistsError(f"--out {options.out} exists already; --force replaces it, or choose another folder")
+    model, trained = read_weights(options.weights)
+    model.eval()
+    if options.context is None:
+        options.context = trained.context if trained else 10
+    if options.size is None and trained:
+        options.size = trained.data.frame_size
+    frames = _read(options, channels=model.config.in_channels)
+    context, future = frames[: options.context], frames[options.context :]
+    device = torch.device("cuda" if torch.cuda.is_available() and options.device == "auto" else "cpu")
+    predicted = model.to(device).predict(context.unsqueeze(0).to(device), horizon=options.horizon)
+    prediction = predicted[0].float().clamp(0, 1).cpu()
+    with new_folder(options.out, replace=options.force) as folder:
+        _write(folder, context, prediction, future, options.fps)
+    print(f"{options.horizon} frames predicted from {options.context} of {options.video}: {options.out}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    parser = Parser(
+        prog="vpfast predict",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("video", type=Path, help="a video file, or a folder of frames")
+    parser.add_argument("--weights", type=Path, required=True, help="a folder of weights, or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--horizon", type=_positive, default=20, help="frames to predict (default: 20)")
+    parser.add_argument("--context", type=_positive, help="real frames to look at (default: as trained)")
+    parser.add_argument("--start", type=int, default=0, help="the first of them; negative counts from the end")
+    parser.add_argument(
+        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
+    )
+    parser.add_argument("--fps", type=_positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if there is one")
+    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} given, must be at least 1")
+    return number
+
+
+def _read(options: Any, channels: int) -> Tensor:
+    """Context and, as far as the video goes, what followed: float32 (T, C, H, W) in [0, 1]."""
+    size = None if options.size is None else tuple(options.size)
+    wanted = options.context + options.horizon
+    if options.start < 0:
+        frames = read_video(options.video, size=size, channels=channels)
+        first = max(0, frames.shape[0] + options.start)
+        frames = frames[first : first + wanted]
+    else:
+        frames = read_video(options.video, size=size, channels=channels, start=options.start, count=wanted)
+    if frames.shape[0] < options.context:
+        raise VideoError(
+            f"{options.video}: has {frames.shape[0]} frames from --start {options.start} on, "
+            f"fewer than the {options.context} of --context"
+        )
+    return frames.float() / 255
+
+
+def _write(folder: Path, context: Tensor, prediction: Tensor, future: Tensor, fps: int) -> None:
+    np.save(folder / "prediction.npy", prediction.numpy())
+    clips = {"prediction": torch.cat([context, prediction])}
+    rows = {"prediction": prediction}
+    if future.shape[0] == prediction.shape[0]:
+        clips = {"truth": torch.cat([context, future]), **clips}
+        rows = {"truth": future, **rows}
+    film = side_by_side(clips)
+    write_gif(folder / "prediction.gif", film, fps)
+    write_mp4(folder / "prediction.mp4", film, fps)
+    write_strip(folder / "strip.png", rows)
