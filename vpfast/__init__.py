@@ -2,5 +2,6 @@
 
 from vpfast._version import __version__
 from vpfast.ops import backend, current_backend
+from vpfast.stream import Stream
 
-__all__ = ["__version__", "backend", "current_backend"]
+__all__ = ["Stream", "__version__", "backend", "current_backend"]

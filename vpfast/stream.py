@@ -47,6 +47,8 @@ class Stream(Generic[S]):
             TypeError, ValueError: a frame that the model does not take, or not of the shape of the frames before; the
                 stream is then where it was.
         """
+        if not isinstance(frame, Tensor):
+            raise TypeError(f"a frame must be a tensor, got {type(frame).__name__}")
         single = frame.dim() == 3
         batch = frame.unsqueeze(0) if single else frame
         state = self._state
@@ -68,10 +70,12 @@ class Stream(Generic[S]):
         The first one is what the last ``push`` returned.
 
         Raises:
-            ValueError: no frame was pushed yet, or ``count`` is below 1.
+            TypeError, ValueError: no frame was pushed yet, or ``count`` is no integer, or below 1.
         """
         if self._state is None:
             raise ValueError("nothing to continue: push at least one frame before rollout")
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"rollout needs a whole number of frames, got {count!r}")
         if count < 1:
             raise ValueError(f"rollout needs a count of at least 1, got {count}")
         state, frames = self._state, []

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LOWEST, HIGHEST = -0.5, 1.5
 """Accepted values: [0, 1] with room for predictions, which are not clamped, to be fed back."""
@@ -78,13 +79,16 @@ def _check_type(frames: Tensor, weight: Tensor) -> None:
         )
     if frames.device != weight.device:
         raise ValueError(f"frames are on {frames.device} and the model on {weight.device}; move one of them")
-    casts = torch.is_autocast_enabled(weight.device.type) and torch.float64 not in (frames.dtype, weight.dtype)
-    if frames.dtype != weight.dtype and not casts:
+    if frames.dtype != weight.dtype and not _autocast_converts(frames, weight):
         raise TypeError(f"frames are {frames.dtype} and the model's weights {weight.dtype}; convert one of them")
 
 
+def _autocast_converts(frames: Tensor, weight: Tensor) -> bool:
+    return torch.is_autocast_enabled(weight.device.type) and torch.float64 not in (frames.dtype, weight.dtype)
+
+
 def _values_can_be_read(frames: Tensor) -> bool:
-    if torch.compiler.is_compiling() or frames.device.type == "meta":
+    if torch.compiler.is_compiling() or frames.is_meta or isinstance(frames, FakeTensor):
         return False
     return not (frames.is_cuda and torch.cuda.is_current_stream_capturing())
 

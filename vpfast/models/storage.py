@@ -107,7 +107,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise ValueError(f'{path} does not describe a vpfast model: it needs "model" and "config"')
-    if description.get("model") not in _kinds:
+    if description.get("model") not in list(_kinds):
         raise ValueError(f'{path}: "model" is {description.get("model")!r}; this version knows {", ".join(_kinds)}')
     return description
 
