@@ -60,7 +60,9 @@ def _exit_code(error: Exception) -> int | None:
         return 128 + int(signum)
     if isinstance(error, FloatingPointError):
         return 1
-    if isinstance(error, ValueError | ImportError):
+    if isinstance(error, ImportError):
+        return 2 if _extra(error) or "pip install" in str(error) else None
+    if isinstance(error, ValueError):
         return 2
     if isinstance(error, OSError):
         return 2 if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError) else 1
@@ -68,11 +70,16 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _sentence(error: Exception, args: list[str]) -> str:
-    if isinstance(error, ImportError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+    if isinstance(error, ImportError) and (extra := _extra(error)):
         return (
             f"`vpfast {args[0]}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
         )
     return " ".join(str(error).split())
+
+
+def _extra(error: ImportError) -> str | None:
+    """The extra that brings the package that could not be imported."""
+    return EXTRAS.get((error.name or "").partition(".")[0])
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Configurations from YAML files and dotted options, read by jsonargparse."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpfast.training.config import leaves, unknown_key
+
+_KEY, _CLASS = r'Parser key "([^"]+)"', r"<class '(\w+)'>"
 
 
 class Options:
@@ -55,7 +58,7 @@ class Options:
         return result
 
     def _named_configs(self, argv: Sequence[str]) -> list[str]:
-        """The arguments with every ``--config NAME`` replaced by its file, whose keys are checked, as are the options'."""
+        """The arguments with every ``--config NAME`` replaced by its file; all keys are checked on the way."""
         known = {name for action in self.parser._actions for name in action.option_strings}
         args: list[str] = []
         rest = iter(argv)
@@ -118,6 +121,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse says 'Parser key "a.b": Expected ...' over several lines."""
+    """jsonargparse says 'Parser key "a.b": Expected a <class 'int'>. Got ...' over several lines."""
     line = " ".join(message.split())
-    return line.removeprefix("Parser key ").replace('"', "", 2) if line.startswith("Parser key ") else line
+    for pattern, plain in (
+        (r'Parser key "([^"]+)"', r"\1"),
+        (r"<class '(\w+)'>", r"\1"),
+        (r"typing\.Literal", "one of "),
+    ):
+        line = re.sub(pattern, plain, line)
+    return line

@@ -5,17 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-
 from vpfast.cli._options import Options
-from vpfast.metrics import Report, VideoMetrics
-from vpfast.models import MSPN
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import SPLITS, dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
+from vpfast.training.evaluation import evaluate, markdown
 from vpfast.training.files import write_file
 
 DESCRIPTION = (
@@ -49,31 +43,6 @@ def run(argv: Sequence[str]) -> int:
         results = {name: report.to_dict() for name, report in reports.items()}
         write_file(Path(values["out"]), json.dumps({**asked, **results}, indent=2) + "\n")
     return 0
-
-
-def evaluate(
-    model: MSPN, clips: Dataset[Tensor], context: int, batch_size: int = 8, progress: bool = False
-) -> dict[str, Report]:
-    """Reports under ``"prediction"`` and ``"repeat last frame"`` on ``clips`` of (T, C, H, W), T > context."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
-    metrics = {"prediction": VideoMetrics(), "repeat last frame": VideoMetrics()}
-    for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=not progress, leave=False):
-        frames = frames.to(device)
-        seen, future = frames[:, :context], frames[:, context:]
-        prediction = model.predict(seen, horizon=future.shape[1])
-        metrics["prediction"].update(prediction, future)
-        metrics["repeat last frame"].update(seen[:, -1:].expand_as(future), future)
-    return {name: metric.compute() for name, metric in metrics.items()}
-
-
-def markdown(reports: dict[str, Report]) -> str:
-    """The means side by side, then the model's errors frame by frame."""
-    names = list(next(iter(reports.values())).mean)
-    lines = ["| mean | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for title, report in reports.items():
-        lines.append(f"| {title} | " + " | ".join(f"{report.mean[name]:.5g}" for name in names) + " |")
-    return "\n".join([*lines, "", reports["prediction"].markdown()])
 
 
 def _weights(argv: Sequence[str]) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -61,8 +62,7 @@ class _Run:
         torch.manual_seed(config.seed)
         model = build_model(config.model, config.data)
         _check_folder(config, resume)
-        precision = {"fp32": "no"}.get(config.precision, config.precision)
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+        self.accelerator = _accelerator(config)
         self.progress = progress and self.accelerator.is_main_process
         self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
         self.val = self._validation_clips()
@@ -201,6 +201,13 @@ class _Run:
                 checkpoint.write_weights(folder, self.plain, self.config)
         self.accelerator.wait_for_everyone()
         return weights
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one."""
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    precision = {"fp32": "no"}.get(config.precision, config.precision)
+    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

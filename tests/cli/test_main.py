@@ -1,0 +1,77 @@
+"""The command line as a whole: help, versions, missing extras, and what becomes of errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+import vpfast
+from vpfast.cli import COMMANDS
+
+
+def test_help_lists_the_commands(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(command, name):
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "")
+    assert f"usage: vpfast {name}" in out
+
+
+def test_version(command):
+    assert command("--version") == (0, f"vpfast {vpfast.__version__}\n", "")
+
+
+def test_unknown_commands_are_refused_in_one_line(refused):
+    assert "'trian'" in refused("trian")
+    assert "COMMAND" in refused()
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("train", "accelerate", "cli"), ("evaluate", "jsonargparse", "cli"), ("predict", "av", "cli")],
+)
+def test_a_missing_extra_is_named(command, package, extra, tmp_path, weights):
+    (tmp_path / "film.avi").write_bytes(b"")
+    args = {"predict": [str(tmp_path / "film.avi"), "--weights", str(weights), "--out", str(tmp_path / "o")]}
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from vpfast.cli import main; sys.exit(main({[command, *args.get(command, [])]!r}))"
+    )
+    done = run(code)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'vpfast[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_doctor_and_help_need_no_extra():
+    blocked = ["av", "imageio", "matplotlib", "tqdm", "jsonargparse", "yaml", "accelerate", "sklearn", "PIL"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "from vpfast.cli import main; sys.exit(main(['--help']) + main(['doctor']))"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "edlstm_gates" in done.stdout
+
+
+def test_python_m_vpfast_is_vpfast():
+    done = subprocess.run([sys.executable, "-m", "vpfast", "train", "--stepz", "3"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "vpfast: unknown key '--stepz'; did you mean '--steps'?\n"
+
+
+def test_defects_keep_their_traceback(command, monkeypatch):
+    import vpfast.cli.doctor as doctor
+
+    monkeypatch.setattr(doctor, "report", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("doctor")

@@ -1,0 +1,137 @@
+"""``vpfast train``: configurations by name, file and option; every refusal before data is read; signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vpfast.models
+from vpfast.cli import _options
+from vpfast.cli.train import TrainConfig
+from vpfast.training.config import from_dict
+from vpfast.training.network import build_model
+
+TINY = [
+    *("--model.channels", "[4,8]", "--model.levels", "1", "--model.hidden_channels", "4"),
+    *("--data.size", "16", "--data.digit_size", "8", "--batch_size", "2", "--context", "3", "--horizon", "2"),
+    *("--val_every", "2", "--val_clips", "2", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
+def test_train_and_resume(command, out):
+    code, said, _ = command("train", *TINY, "--steps", "2", "--out", out)
+    assert code == 0
+    assert str(out / "weights") in said
+    resolved = from_dict(TrainConfig, yaml.safe_load((out / "config.yaml").read_text()))
+    assert (resolved.steps, resolved.data.size, resolved.model["channels"]) == (2, 16, [4, 8])
+    code, _, _ = command("train", "--out", out, "--resume", "--steps", "3")
+    assert code == 0
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_options_override_files_override_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 7\nmodel: {preset: compact, levels: 1}\ndata: {size: [32, 32]}\n")
+    options = _options.Options("test", "")
+    options.add_config(TrainConfig)
+    values = options.parse(["--config", str(path), "--model.levels", "2", "--optim.lr", "3e-4"])
+    config = from_dict(TrainConfig, values)
+    assert (config.steps, config.data.size, config.optim.lr, config.context) == (7, (32, 32), 3e-4, 10)
+    assert config.model == {"preset": "compact", "levels": 2}
+
+
+@pytest.mark.parametrize("name", ["mspn/moving-digits", "mspn/kth"])
+def test_packaged_configurations_are_valid(name):
+    options = _options.Options("test", "")
+    options.add_config(TrainConfig)
+    config = from_dict(TrainConfig, options.parse(["--config", name, "--data.root", "x"]))
+    small = {**config.model, "channels": [4, 8, 8], "levels": 2, "hidden_channels": 4}
+    assert isinstance(build_model(small, config.data), vpfast.models.MSPN)
+
+
+def test_no_packaged_configuration_is_untested():
+    listed = {str(path.relative_to(path.parents[1]).with_suffix("")) for path in _packaged()}
+    assert listed == {"mspn/moving-digits", "mspn/kth"}
+
+
+def _packaged():
+    return list((Path(_options.__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--optim.lrr", "1"], "unknown key '--optim.lrr'; did you mean '--optim.lr'?"),
+        (["--steps", "many"], "steps: Expected a int. Got value: many"),
+        (["--loss.norm", "l3"], "loss.norm: Expected a one of ['sum_squares', 'l2', 'mse']"),
+        (["--data.size", "[3]"], "data.size"),
+        (["--steps"], "--steps: expected one argument"),
+        (["extra"], "extra"),
+        (["--steps", "0"], "steps: 0 given, must be at least 1"),
+        (["--model.chanels", "3"], "did you mean 'model.channels'?"),
+        (["--model.levels", "four"], "levels must be a positive integer, got 'four'"),
+        (["--data.kind", "video-folder"], "data.root: nothing given"),
+        (["--data.kind", "video-folder", "--data.root", "/nowhere", "--val_every", "0"], "/nowhere"),
+        (["--data.root", "/nowhere"], "/nowhere"),
+        (["--config", "mspn/nothing"], "there are: mspn/kth, mspn/moving-digits"),
+        (["--config"], "--config"),
+        (["--init", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_options_are_refused(refused, out, args, message):
+    assert message in refused("train", *TINY, "--out", out, *args)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        ("stepz: 1", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("optim: 3", "optim: 3 given, must hold keys of its own"),
+        ("steps: [1, 2]", "steps"),
+        ("- 1", "must hold keys and values, got list"),
+        ("a: {", "not readable as YAML"),
+        ("", "must hold keys and values"),
+    ],
+)
+def test_bad_files_are_refused(refused, out, tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert message in refused("train", "--config", path, "--out", out)
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused(refused, out):
+    out.mkdir()
+    (out / "precious").write_text("x")
+    assert "is not empty; --resume" in refused("train", *TINY, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(out, signum):
+    command = [sys.executable, "-m", "vpfast", "train", *TINY, "--steps", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log, patience = out / "log.jsonl", time.monotonic() + 60
+    while not (log.is_file() and log.stat().st_size > 200):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert f"stopped by {signum.name}" in err.splitlines()[-1]
+    steps = len(log.read_text().splitlines())
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert not (out / "weights").exists()

@@ -1,0 +1,189 @@
+"""Whole runs: what they leave, how they stop and go on, and what they refuse."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vpfast.models
+from vpfast.training import LossConfig, OptimConfig, Stopped, checkpoint, engine, train
+from vpfast.training.objective import frames_fed_back
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def log(config):
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def stop_at(monkeypatch, step, signum=signal.SIGTERM):
+    """Send this process a signal while that step is computed."""
+    objective = engine.pixel_objective
+
+    def interrupted(model, frames, config, network, at):
+        if at + 1 == step:
+            os.kill(os.getpid(), signum)
+        return objective(model, frames, config, network, at)
+
+    monkeypatch.setattr(engine, "pixel_objective", interrupted)
+
+
+def test_a_run_learns_and_leaves_what_it_should(tiny):
+    config = tiny(steps=40, optim=OptimConfig(lr=3e-3), val_every=20)
+    folder = train(config, progress=False)
+    assert folder == Path(config.out) / "weights"
+    records = log(config)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert [record["step"] for record in records if "val_mse" in record] == [20, 40]
+    assert sum(r["loss"] for r in records[-10:]) < 0.8 * sum(r["loss"] for r in records[:10])
+    saved = [path.name for path in checkpoint.found(Path(config.out) / "checkpoints")]
+    assert saved == ["step-00000038", "step-00000040"]
+    assert not [path for path in Path(config.out).rglob(".*")]
+
+    model, trained = checkpoint.read_weights(folder)
+    assert trained == config
+    assert same(model.state_dict(), weights(folder))
+    assert isinstance(vpfast.models.load(Path(config.out) / "checkpoints" / saved[0]), vpfast.models.MSPN)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"workers": 1, "loss": LossConfig(feedback="random", feedback_range=(1, 3))},
+        {"optim": OptimConfig(schedule="cosine", warmup=2, clip_norm=1.0, weight_decay=1e-3), "precision": "bf16"},
+    ],
+)
+def test_resuming_continues_bit_for_bit(tiny, monkeypatch, tmp_path, changes):
+    whole = tiny(out=str(tmp_path / "whole"), **changes)
+    train(whole, progress=False)
+
+    broken = dataclasses.replace(whole, out=str(tmp_path / "broken"), save_every=0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped, match="SIGTERM after step 3"):
+            train(broken, progress=False)
+    assert not (tmp_path / "broken" / "weights").exists()
+    torch.manual_seed(999)
+    train(broken, resume=True, progress=False)
+
+    assert same(weights(tmp_path / "whole" / "weights"), weights(tmp_path / "broken" / "weights"))
+    assert log(whole) == log(broken)
+
+
+def test_resuming_without_a_checkpoint_starts_anew_and_drops_the_old_log(tiny, tmp_path):
+    whole = tiny(out=str(tmp_path / "whole"))
+    train(whole, progress=False)
+    killed = tiny(out=str(tmp_path / "killed"))
+    Path(killed.out).mkdir()
+    (Path(killed.out) / "log.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "lo')
+    train(killed, resume=True, progress=False)
+    assert same(weights(tmp_path / "whole" / "weights"), weights(tmp_path / "killed" / "weights"))
+    assert log(whole) == log(killed)
+
+
+def test_more_steps_can_be_asked_of_a_finished_run(tiny):
+    train(tiny(steps=4), progress=False)
+    config = tiny(steps=6)
+    train(config, resume=True, progress=False)
+    assert [record["step"] for record in log(config)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match=r"steps: 5 given, but .* has 6 behind it"):
+        train(tiny(steps=5), resume=True, progress=False)
+
+
+def test_a_folder_in_use_and_another_run_are_refused(tiny):
+    config = tiny(steps=1)
+    train(config, progress=False)
+    with pytest.raises(ValueError, match=r"out: .* is not empty; --resume"):
+        train(config, progress=False)
+    with pytest.raises(ValueError, match=r"batch_size: 3 given, but the run in .* was started with 2"):
+        train(tiny(batch_size=3), resume=True, progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(tiny):
+    train(tiny(steps=2), progress=False)
+    state = Path(tiny().out) / "checkpoints" / "step-00000002" / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-00000002 cannot be read"):
+        train(tiny(), resume=True, progress=False)
+
+
+def test_a_checkpoint_runs_no_code(tiny):
+    train(tiny(steps=2), progress=False)
+    state = Path(tiny().out) / "checkpoints" / "step-00000002" / "state.pt"
+    torch.save({"step": 2, "optimizer": Path, "scaler": {}, "random": {}}, state)
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(tiny(), resume=True, progress=False)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "pixel_objective", lambda model, *rest: next(model.parameters()).sum() * float("nan"))
+    config = tiny()
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; a lower optim\.lr"):
+        train(config, progress=False)
+    assert not (Path(config.out) / "weights").exists()
+
+
+def test_a_run_starts_from_given_weights(tiny, tmp_path):
+    first = train(tiny(out=str(tmp_path / "first"), steps=1), progress=False)
+    second = tiny(out=str(tmp_path / "second"), steps=1, init=str(first), optim=OptimConfig(lr=1e-30))
+    assert same(weights(train(second, progress=False)), weights(first))
+    other = tiny(out=str(tmp_path / "third"), init=str(first), model={"preset": "compact"})
+    with pytest.raises(ValueError, match="init: the weights in"):
+        train(other, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"chanels": [4, 8]}, r"unknown key 'model.chanels'; did you mean 'model.channels'\?"),
+        ({"name": "vit"}, "model.name: 'vit' given"),
+        ({"preset": "huge"}, "model: .*no preset 'huge'"),
+        ({"levels": 9}, "model: .*levels"),
+        ({"in_channels": 3}, "model.in_channels: 3 given, but data.channels is 1"),
+        ({"channels": [4] * 6}, "data.size: 16 given, must be a multiple of 32"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_before_the_folder_is_made(tiny, model, message):
+    config = tiny(model=model)
+    with pytest.raises(ValueError, match=message):
+        train(config, progress=False)
+    assert not Path(config.out).exists()
+
+
+def test_feedback_decides_what_the_network_sees(tiny):
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, frames, horizon, feedback):
+            seen.append((frames.shape[1], horizon, feedback))
+            raise StopIteration
+
+    for feedback in ("fixed", "detached", "none", "random"):
+        config = tiny(loss=LossConfig(feedback=feedback, feedback_range=(1, 4)))
+        with pytest.raises(StopIteration):
+            engine.pixel_objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, None, 7)
+    drawn = frames_fed_back(config, 7)
+    expected = [(3, 2, "attached"), (3, 2, "detached"), (5, 0, "attached"), (5 - drawn, drawn, "attached")]
+    assert seen == expected
+    assert {frames_fed_back(config, step) for step in range(100)} == {1, 2, 3, 4}
+
+
+def test_the_learning_rate_warms_up_and_falls(tiny):
+    config = tiny(steps=10, optim=OptimConfig(lr=1.0, schedule="cosine", warmup=2))
+    rates = [engine._learning_rate(config, step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[-1] < 0.1
