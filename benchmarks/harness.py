@@ -1,0 +1,80 @@
+"""Side-by-side timing: every contender is called in turn, round after round, so that what disturbs one disturbs all."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Timing:
+    """Milliseconds a call: 20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_side_by_side(contenders: dict[str, Callable[[], Any]], seconds: float = 6.0) -> dict[str, Timing]:
+    """Interleaved rounds over all contenders for about ``seconds`` after a warm-up; results are dropped at once."""
+    for call in contenders.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < 10:
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    result = {}
+    for name, measured in times.items():
+        cuts = statistics.quantiles(measured, n=10)
+        result[name] = Timing(cuts[1], statistics.median(measured), cuts[7])
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge a figure by."""
+    import vpfast
+
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    try:
+        revision = subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=RESULTS, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vpfast": vpfast.__version__,
+        "commit": revision,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def save(name: str, record: dict[str, Any], markdown: str) -> None:
+    """Keep ``record`` as results/NAME.json and ``markdown`` as results/NAME.md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown + "\n")

@@ -1,0 +1,130 @@
+"""edlstm_gates against eager PyTorch and torch.compile of the same formula.
+
+    python benchmarks/ops/bench_edlstm_gates.py [--save]
+
+Bytes a cell element, s bytes each: forward 7 s (4 gates and c read, h and c written), backward 12 s. The share of the copy
+rate is against a plain copy of as many bytes in the same run. Output allocation is part of every figure. No figure is
+given when a contender's result is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import harness
+
+from vpfast.ops import edlstm_gates
+from vpfast.ops.edlstm_gates import reference
+
+SHAPES = {
+    "MSPN level 0, batch 8, 64x64": (8, 256, 64, 64),
+    "MSPN level 0, batch 1, 128x128": (1, 256, 128, 128),
+    "MSPN level 2, batch 8, 16x16": (8, 256, 16, 16),
+}
+BYTES = {"forward": 7, "forward + backward": 7 + 12}
+
+Gating = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def forward_and_backward(gating: Gating, gates: torch.Tensor, c_prev: torch.Tensor, grads: tuple) -> tuple:
+    h, c = gating(gates, c_prev)
+    return torch.autograd.grad((h, c), (gates, c_prev), grads)
+
+
+def check(contenders: dict[str, Gating], gates: torch.Tensor, c_prev: torch.Tensor, grads: tuple) -> None:
+    """Every contender's outputs and gradients against the reference in float64."""
+    exact_in = [t.detach().double().requires_grad_() for t in (gates, c_prev)]
+    exact = reference.edlstm_gates(*exact_in)
+    exact_grads = torch.autograd.grad(exact, exact_in, [g.double() for g in grads])
+    for name, gating in contenders.items():
+        found = gating(gates, c_prev)
+        found_grads = torch.autograd.grad(found, (gates, c_prev), grads)
+        for got, want in zip((*found, *found_grads), (*exact, *exact_grads), strict=True):
+            error = ((got.double() - want).norm() / want.norm()).item()
+            limit = 4 * torch.finfo(gates.dtype).eps
+            if not error < limit:
+                raise SystemExit(f"{name} is wrong (relative error {error:.1e}, limit {limit:.1e}): no figures")
+
+
+def measure(title: str, shape: tuple[int, ...], layout: str, seconds: float) -> list[dict]:
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    batch, channels, *size = shape
+    gates = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    c_prev = torch.randn(batch, channels // 4, *size).to(memory_format=memory_format).requires_grad_()
+    grads = (torch.randn_like(c_prev), torch.randn_like(c_prev))
+
+    torch.compiler.reset()
+    contenders: dict[str, Gating] = {
+        "vpfast": edlstm_gates,
+        "torch.compile": torch.compile(reference.edlstm_gates),
+        "eager": reference.edlstm_gates,
+    }
+    check(contenders, gates, c_prev, grads)
+
+    rows = []
+    for phase, elements in BYTES.items():
+        moved = elements * c_prev.numel() * c_prev.element_size()
+        source = torch.randn(moved // 8)
+        target = torch.empty_like(source)
+        calls: dict[str, Callable[[], object]] = {"copy": lambda t=target, s=source: t.copy_(s)}
+        for name, gating in contenders.items():
+            if phase == "forward":
+                calls[name] = lambda gating=gating: gating(gates.detach(), c_prev.detach())
+            else:
+                calls[name] = lambda gating=gating: forward_and_backward(gating, gates, c_prev, grads)
+        for name, timing in harness.time_side_by_side(calls, seconds).items():
+            rows.append({"case": title, "layout": layout, "phase": phase, "who": name, "bytes": moved, **vars(timing)})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    def find(row: dict, who: str) -> float:
+        same = [r for r in rows if all(r[k] == row[k] for k in ("case", "layout", "phase"))]
+        return next(r["p50"] for r in same if r["who"] == who)
+
+    lines = []
+    for row in rows:
+        if row["who"] != "vpfast":
+            continue
+        own = row["p50"]
+        lines.append(
+            [
+                row["case"],
+                row["layout"],
+                row["phase"],
+                f"{own:.2f}",
+                f"{row['p20']:.2f}-{row['p80']:.2f}",
+                f"{row['bytes'] / own / 1e6:.1f}",
+                f"{find(row, 'copy') / own:.0%}",
+                f"{find(row, 'torch.compile'):.2f} ({find(row, 'torch.compile') / own:.1f}x)",
+                f"{find(row, 'eager'):.2f} ({find(row, 'eager') / own:.1f}x)",
+            ]
+        )
+    header = ["case", "layout", "phase", "vpfast ms", "p20-p80", "GB/s", "of copy", "torch.compile ms", "eager ms"]
+    return harness.markdown_table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="keep the record under benchmarks/results/")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for each comparison")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    rows = []
+    for title, shape in SHAPES.items():
+        for layout in ("contiguous", "channels_last"):
+            rows += measure(title, shape, layout, arguments.seconds)
+    machine = harness.machine()
+    text = f"# edlstm_gates, float32\n\n{machine}\n\n{table(rows)}"
+    print(text)
+    if arguments.save:
+        harness.save("edlstm_gates_cpu", {"machine": machine, "rows": rows}, text)
+
+
+if __name__ == "__main__":
+    main()

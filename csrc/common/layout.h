@@ -1,0 +1,97 @@
+// Contiguous or channels_last: finding it, allocating it, and seeing a tensor as rows of it.
+//
+// A row is what lies together in memory: in the contiguous layout everything after the batch dimension, in
+// channels_last the channels of one position. The rules are those of vpfast/ops/edlstm_gates/register.py:
+// `memory_format` there and `layout_of` here must agree, since one allocates for torch.compile what the other allocates
+// for real.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace vpfast {
+
+enum class Layout { contiguous, channels_last };
+
+// Are dims `first`.. packed in C order? Dims of size 1 may have any stride.
+inline bool packed_from(const torch::stable::Tensor& t, int64_t first) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= first; --d) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline bool is_channels_last(const torch::stable::Tensor& t) {
+  if (t.dim() != 4 && t.dim() != 5) return false;
+  int64_t expected = 1;
+  auto step = [&](int64_t d) {
+    if (t.size(d) == 1) return true;
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+    return true;
+  };
+  if (!step(1)) return false;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (!step(d)) return false;
+  }
+  return step(0);
+}
+
+inline Layout layout_of(const torch::stable::Tensor& t) {
+  return !t.is_contiguous() && is_channels_last(t) ? Layout::channels_last : Layout::contiguous;
+}
+
+inline torch::headeronly::MemoryFormat memory_format(Layout layout, int64_t dims) {
+  using torch::headeronly::MemoryFormat;
+  if (layout == Layout::contiguous) return MemoryFormat::Contiguous;
+  return dims == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+}
+
+// Large results come as fresh memory from the system, a page fault every 4 KB: five times the work of filling them.
+// Where the system offers 2 MB pages on request, this requests them. A hint: nothing depends on it being heard.
+inline void prefer_huge_pages(const torch::stable::Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t{1} << 21;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < 2 * kHugePage || !t.is_cpu()) return;
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const auto start = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(start), bytes - page, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
+// Uninitialized, of the shape and on the device of `t`.
+inline torch::stable::Tensor empty_as(const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype,
+                                      Layout layout) {
+  auto result =
+      torch::stable::empty(t.sizes(), dtype, std::nullopt, t.device(), std::nullopt, memory_format(layout, t.dim()));
+  prefer_huge_pages(result);
+  return result;
+}
+
+// `t` itself where its rows are packed (they may lie any distance apart, also 0), else a copy in `layout`.
+inline torch::stable::Tensor in_rows(const torch::stable::Tensor& t, Layout layout) {
+  const bool usable = layout == Layout::contiguous ? packed_from(t, 1) : is_channels_last(t);
+  return usable ? t : torch::stable::contiguous(t, memory_format(layout, t.dim()));
+}
+
+// Elements from one row of `in_rows(t, layout)` to the next.
+inline int64_t row_stride(const torch::stable::Tensor& t, Layout layout) {
+  return layout == Layout::contiguous ? t.stride(0) : t.size(1);
+}
+
+}  // namespace vpfast
