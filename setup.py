@@ -1,8 +1,8 @@
 """Decides what is compiled; nothing else. The rest of the package's description is in pyproject.toml.
 
-VPFAST_BUILD=auto (the default) compiles CPU and CUDA kernels where a working nvcc is found (no GPU is needed), CPU kernels
-where only a C++ compiler is, nothing where neither is. =cpu, =cuda and =none insist. The decision and its reason are
-printed (pip shows them with -v) and kept in vpfast/_build.json for `vpfast doctor`.
+VPFAST_BUILD=auto (the default) compiles CPU and CUDA kernels where a working nvcc is found (no GPU is needed), CPU
+kernels where only a C++ compiler is, nothing where neither is. =cpu, =cuda and =none insist. The decision and its
+reason are printed (pip shows them with -v) and kept in vpfast/_build.json for `vpfast doctor`.
 
 The extension keeps to LibTorch's stable ABI: one binary serves every torch from 2.11 on, CPU and CUDA builds alike.
 """
@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("auto", "cpu", "cuda", "none")
@@ -154,8 +154,9 @@ def find_torch() -> str:
         refuse(
             "it compiles against the torch that you run, and there is none in this environment "
             f"({sys.prefix}). Install one first, then vpfast:\n\n"
-            "    pip install torch --index-url https://download.pytorch.org/whl/cpu    # or without --index-url, for CUDA\n"
-            "    pip install --no-build-isolation .\n\n"
+            "    pip install torch --index-url https://download.pytorch.org/whl/cpu\n"
+            "    pip install .\n\n"
+            "(without --index-url pip takes a CUDA build of torch). "
             "VPFAST_BUILD=none builds without compiled kernels and needs no torch"
         )
     import torch
@@ -240,6 +241,9 @@ class BuildNative(build_ext):
 
 
 setup(
+    packages=[*find_packages(include=["vpfast", "vpfast.*"]), "vpfast.kernels"],
+    package_dir={"vpfast.kernels": "kernels"},
+    package_data={"": ["README.md", "py.typed", "*.yaml"]},
     ext_modules=[Extension("vpfast._C", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

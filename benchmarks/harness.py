@@ -48,7 +48,8 @@ def machine() -> dict[str, Any]:
     """What a reader needs to judge a figure by."""
     import vpfast
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     try:
         revision = subprocess.check_output(
             ["git", "describe", "--always", "--dirty"], cwd=RESULTS, text=True, stderr=subprocess.DEVNULL

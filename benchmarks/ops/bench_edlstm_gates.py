@@ -2,9 +2,9 @@
 
     python benchmarks/ops/bench_edlstm_gates.py [--save]
 
-Bytes a cell element, s bytes each: forward 7 s (4 gates and c read, h and c written), backward 12 s. The share of the copy
-rate is against a plain copy of as many bytes in the same run. Output allocation is part of every figure. No figure is
-given when a contender's result is wrong.
+Bytes a cell element, s bytes each: forward 7 s (4 gates and c read, h and c written), backward 12 s. The share of the
+copy rate is against a plain copy of as many bytes in the same run. Output allocation is part of every figure. No figure
+is given when a contender's result is wrong.
 """
 
 import argparse

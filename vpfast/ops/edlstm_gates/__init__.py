@@ -40,18 +40,26 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
     return result
 
 
+def _go_together(gates: Tensor, c_prev: Tensor) -> bool:
+    """Of two different types: float32 beside half precision, or any two short of float64 where autocast will cast."""
+    if torch.float64 in (gates.dtype, c_prev.dtype) or c_prev.dtype not in _DTYPES:
+        return False
+    if c_prev.dtype == torch.float32:
+        return True
+    device = gates.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check(gates: Tensor, c_prev: Tensor, order: str) -> None:
     if sorted(order) != sorted("fiog"):
         raise ValueError(f"edlstm_gates: order must be a permutation of 'fiog', got {order!r}")
     if gates.dtype not in _DTYPES:
         raise TypeError(f"edlstm_gates: gates must be float64, float32, float16 or bfloat16, got {gates.dtype}")
-    autocast = torch.is_autocast_enabled(gates.device.type)
-    if c_prev.dtype != gates.dtype and not (c_prev.dtype == torch.float32 and gates.dtype.itemsize == 2):
-        if not (autocast and c_prev.dtype in _DTYPES and torch.float64 not in (gates.dtype, c_prev.dtype)):
-            raise TypeError(
-                f"edlstm_gates: c_prev must have the type of gates ({gates.dtype}), or float32 beside half-precision "
-                f"gates, got {c_prev.dtype}"
-            )
+    if c_prev.dtype != gates.dtype and not _go_together(gates, c_prev):
+        raise TypeError(
+            f"edlstm_gates: c_prev must have the type of gates ({gates.dtype}), or float32 beside half-precision "
+            f"gates, got {c_prev.dtype}"
+        )
     if gates.device != c_prev.device:
         raise ValueError(f"edlstm_gates: gates are on {gates.device} and c_prev on {c_prev.device}; move one of them")
     if gates.dim() < 2 or gates.shape[1] % 4 != 0:

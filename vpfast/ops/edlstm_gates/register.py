@@ -62,9 +62,7 @@ def _(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake(BACKWARD, lib=LIBRARY)
-def _(
-    grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str
-) -> tuple[Tensor, Tensor]:
+def _(grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
     layout = memory_format(gates)
     return torch.empty_like(gates, memory_format=layout), torch.empty_like(c_prev, memory_format=layout)
 

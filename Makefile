@@ -1,0 +1,48 @@
+# Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
+#   make demo   train a small network, predict, look at the result
+#   make test   the whole test suite
+# TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python -m vpfast.cli.demo --out demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/ops/bench_edlstm_gates.py --save
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info vpfast/_C*.so vpfast/_build.json
+
+# torch goes in first, at the version asked for: whatever depends on it then takes the one that is there.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	@$(BIN)/python -c "from vpfast.ops._native import build_record as r; print('vpfast built:', r()['built'], '-', r()['reason'])"
+	touch $@
