@@ -14,7 +14,10 @@ MODEL, BASELINE = "prediction", "repeat last frame"
 def evaluate(
     model: MSPN, clips: Dataset[Tensor], context: int, batch_size: int = 8, progress: bool = False
 ) -> dict[str, Report]:
-    """Reports, under the default protocol, of the model and of repeating the last real frame, on ``clips`` of (T, C, H, W), T > context."""
+    """Reports under the default protocol, of the model and of repeating the last real frame.
+
+    ``clips`` are (T, C, H, W) in [0, 1]; the frames after the first ``context`` ones are those to predict.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     metrics = {MODEL: VideoMetrics(), BASELINE: VideoMetrics()}

@@ -1,0 +1,22 @@
+"""The demonstration, with next to no training."""
+
+import json
+import sys
+
+from vpfast.cli import demo
+
+
+def test_the_demo_leaves_pictures_and_numbers(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    monkeypatch.setattr(demo, "TEST_CLIPS", 2)
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(out), "--scale", "0.001"])
+    demo.main()
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["metrics.json", "metrics.md", "prediction.gif", "strip.png", "weights"]
+    )
+    numbers = json.loads((out / "metrics.json").read_text())
+    said = capsys.readouterr().out
+    mse = {name: report["mean"]["mse"] for name, report in numbers.items()}
+    assert f"MSE of the prediction {mse['prediction']:.4f}, of repeating the last frame" in said
+    assert f"{mse['repeat last frame']:.4f}" in said
+    assert "edlstm_gates" in said or "no compiled kernel" in said

@@ -1,0 +1,73 @@
+"""``vpfast evaluate``: the right clips, the right numbers, and the baseline beside them."""
+
+import pytest
+import torch
+
+import vpfast.models
+from vpfast.data import MovingDigits
+from vpfast.models import MSPN, MSPNConfig
+from vpfast.training import DataConfig, TrainConfig, checkpoint
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Weights that say they were trained on small moving digits."""
+    folder = tmp_path / "weights"
+    torch.manual_seed(0)
+    model = MSPN(MSPNConfig(in_channels=1, channels=(4, 8), levels=1, hidden_channels=4))
+    data = DataConfig(size=16, digit_size=8, digits=1)
+    checkpoint.write_weights(folder, model, TrainConfig(data=data, context=3, horizon=2, seed=5))
+    return folder
+
+
+def test_the_numbers_are_those_of_the_test_split(command, trained, tmp_path, read_json):
+    out = tmp_path / "numbers.json"
+    code, said, _ = command("evaluate", "--weights", trained, "--clips", 5, "--out", out)
+    assert code == 0
+    digits = MovingDigits(split="test", length=5, count=5, seed=5, size=16, digit_size=8, digits=1)
+    clips = torch.stack([digits[index] for index in range(5)])
+    prediction = vpfast.models.load(trained).eval().predict(clips[:, :3], horizon=2).clamp(0, 1)
+    numbers = read_json(out)
+    assert (numbers["clips"], numbers["split"], numbers["context"], numbers["horizon"]) == (5, "test", 3, 2)
+    for name, made in (("prediction", prediction), ("repeat last frame", clips[:, 2:3].expand(-1, 2, -1, -1, -1))):
+        mse = (made - clips[:, 3:]).square().mean().item()
+        assert numbers[name]["mean"]["mse"] == pytest.approx(mse, rel=1e-5)
+        assert f"| {name} | " in said
+        assert f"{mse:.5g}" in said
+
+
+def test_other_clips_can_be_asked_for(command, trained, tmp_path, read_json):
+    numbers = []
+    for args in ([], ["--split", "val"], ["--horizon", "4"], ["--data.digits", "2"], ["--seed", "6"]):
+        out = tmp_path / "numbers.json"
+        assert command("evaluate", "--weights", trained, "--clips", 3, "--out", out, *args)[0] == 0
+        numbers.append(read_json(out)["prediction"]["mean"]["mse"])
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_videos_are_evaluated_whole(command, weights, video, tmp_path, read_json):
+    data = ["--data.root", video.parent, "--data.test.include", "[*.avi]", "--data.cache", tmp_path / "cache"]
+    code, _, err = command("evaluate", "--weights", weights, *data, "--out", tmp_path / "n.json")
+    assert code == 0, err
+    assert read_json(tmp_path / "n.json")["clips"] == 2  # twelve frames hold two clips of five
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--split", "tset"], "split"),
+        (["--clips", "0"], "clips: 0 given"),
+        (["--horizon", "0"], "horizon: 0 given"),
+        (["--data.kin", "x"], "did you mean '--data.kind'?"),
+        (["--data.kind", "video-folder", "--data.root", "x"], "data.test.include: no pattern given"),
+        (["--data.size", "17"], "17 is not a multiple of 2"),
+    ],
+)
+def test_bad_options_are_refused(refused, trained, tmp_path, args, message):
+    assert message in refused("evaluate", "--weights", trained, "--out", tmp_path / "n.json", *args)
+    assert not (tmp_path / "n.json").exists()
+
+
+def test_weights_are_needed(refused):
+    assert "--weights is missing" in refused("evaluate")
+    assert "/nowhere" in refused("evaluate", "--weights", "/nowhere")

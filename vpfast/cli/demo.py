@@ -1,0 +1,159 @@
+"""The demonstration: train a compact MSPN on moving handwritten digits, look at what it predicts, time the kernels.
+
+    python -m vpfast.cli.demo [--mnist FOLDER] [--out demo]
+
+The steps are counted, not timed: a slower machine takes longer and ends at the same place.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpfast import backend, ops
+from vpfast.models import MSPN
+from vpfast.ops.edlstm_gates.register import backends
+from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
+from vpfast.training.clips import dataset
+from vpfast.training.evaluation import BASELINE, MODEL, evaluate, markdown
+from vpfast.training.files import new_folder
+from vpfast.visual import side_by_side, write_gif, write_strip
+
+CONTEXT, HORIZON = 10, 10
+
+
+class Stage(NamedTuple):
+    """A part of the training: so many steps of predicting ``horizon`` frames from ``context``."""
+
+    context: int
+    horizon: int
+    steps: int
+
+
+TEST_CLIPS, SHOWN_CLIP = 200, 0
+
+NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_channels": 16}
+# Short clips first: they teach how digits move. Then the whole way, each prediction made from the one before.
+STAGES = (Stage(4, 2, steps=600), Stage(5, 5, steps=150), Stage(CONTEXT, HORIZON, steps=150))
+
+
+def main() -> None:
+    """Train, evaluate, draw, time; writes the folder ``--out`` and prints the tables."""
+    options = _options()
+    started = time.perf_counter()
+    data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, clips=100_000)
+    with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, replace=True) as folder:
+        weights = _train(data, Path(scratch), options.scale)
+        model, _ = checkpoint.read_weights(weights)
+        shutil.copytree(weights, folder / "weights")
+        clips = dataset(data, "test", CONTEXT + HORIZON, TEST_CLIPS)
+        reports = evaluate(model, clips, CONTEXT, progress=True)
+        table = markdown(reports)
+        (folder / "metrics.md").write_text(table + "\n")
+        numbers = {name: report.to_dict() for name, report in reports.items()}
+        (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        _draw(model, clips[SHOWN_CLIP], folder)
+    print(f"\n{TEST_CLIPS} test clips of digits never trained on, {HORIZON} frames from {CONTEXT}:\n\n{table}\n")
+    print("\n".join(kernel_table()))
+    mse = {name: report.mean["mse"] for name, report in reports.items()}
+    print(f"\nMSE of the prediction {mse[MODEL]:.4f}, of repeating the last frame {mse[BASELINE]:.4f}")
+    print(f"pictures and numbers in {options.out}/, after {time.perf_counter() - started:.0f} s:")
+    print("  " + "  ".join(sorted(path.name for path in options.out.iterdir())))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mnist", help="a folder with MNIST's idx files (default: the digits of scikit-learn)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
+    parser.add_argument("--scale", type=float, default=1.0, help="so many times the usual training steps")
+    return parser.parse_args()
+
+
+def _train(data: DataConfig, scratch: Path, scale: float) -> Path:
+    weights: Path | None = None
+    for number, stage in enumerate(STAGES, 1):
+        steps = max(1, round(stage.steps * scale))
+        print(f"training, part {number} of {len(STAGES)}: {stage.horizon} frames from {stage.context}")
+        config = TrainConfig(
+            out=str(scratch / f"part{number}"),
+            init=None if weights is None else str(weights),
+            model=NETWORK,
+            data=data,
+            optim=OptimConfig(lr=3e-3 / number, schedule="cosine", warmup=min(20, steps), clip_norm=1000.0),
+            context=stage.context,
+            horizon=stage.horizon,
+            steps=steps,
+            batch_size=4,
+            seed=number,
+            val_every=0,
+            save_every=0,
+        )
+        weights = train(config)
+    assert weights is not None
+    return weights
+
+
+def _draw(model: MSPN, clip: Tensor, folder: Path) -> None:
+    context, truth = clip[:CONTEXT], clip[CONTEXT:]
+    device = next(model.parameters()).device
+    prediction = model.predict(context.unsqueeze(0).to(device), horizon=HORIZON)[0].clamp(0, 1).cpu()
+    film = side_by_side({"truth": clip, "prediction": torch.cat([context, prediction])})
+    write_gif(folder / "prediction.gif", film, fps=6)
+    write_strip(folder / "strip.png", {"truth": truth, "prediction": prediction})
+
+
+def kernel_table() -> list[str]:
+    """Each compiled CPU kernel against its reference: first that both agree, then how long both take."""
+    refusal = backends.refusal("native", "cpu")
+    if refusal is not None:
+        return [f"no compiled kernel to compare with its reference: {refusal}"]
+    lines = [
+        f"edlstm_gates (8, 256, 64, 64) float32, {torch.get_num_threads()} threads, median of 9:",
+        "",
+        "| | plain PyTorch | compiled kernel | times as fast | largest difference |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    gates, cell = torch.randn(8, 256, 64, 64), torch.randn(8, 64, 64, 64)
+    for name, work in (("forward", _forward), ("forward + backward", _forward_backward)):
+        with backend("reference"):
+            expected, slow = work(gates, cell), _median_ms(partial(work, gates, cell))
+        with backend("native"):
+            found, fast = work(gates, cell), _median_ms(partial(work, gates, cell))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+        lines.append(f"| {name} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.1f} | {difference:.1e} |")
+    return lines
+
+
+def _forward(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return ops.edlstm_gates(gates, cell)
+
+
+def _forward_backward(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+    inputs = gates.detach().requires_grad_(), cell.detach().requires_grad_()
+    h, c = ops.edlstm_gates(*inputs)
+    return torch.autograd.grad((h.sum() + c.sum()), inputs)
+
+
+def _median_ms(work: Callable[[], object], repeats: int = 9) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
