@@ -1,0 +1,52 @@
+"""Resizing of frames, one rule for every source."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fit = Literal["squash", "crop"]
+Size = tuple[int, int] | int | None
+
+
+def parse_size(size: Size) -> tuple[int, int] | None:
+    """``None``, the side of a square or (height, width) -> ``None`` or (height, width); ValueError otherwise."""
+    if size is None:
+        return None
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"size must be None, the side of a square or (height, width) in pixels, got {size!r}")
+    return pair[0], pair[1]
+
+
+def resize(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor:
+    """uint8 (T, C, H, W) -> uint8 (T, C, *size).
+
+    ``fit="squash"`` keeps the whole picture and lets its proportions go, as the KTH literature does (160x120 to
+    128x128); ``"crop"`` keeps the proportions and the centre. Bilinear with antialiasing (each output pixel averages
+    the whole area it covers), by PyTorch and not by the video decoder: the result is then the same for videos and
+    image files, and does not depend on the pixel format or on the build of FFmpeg.
+    """
+    if fit not in ("squash", "crop"):
+        raise ValueError(f'fit must be "squash" or "crop", got {fit!r}')
+    height, width = frames.shape[-2:]
+    if fit == "crop":
+        scale = min(height / size[0], width / size[1])
+        crop_height, crop_width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+        frames = frames[..., top : top + crop_height, left : left + crop_width]
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    result: Tensor = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return result.contiguous()
+
+
+def to_grey(frames: Tensor) -> Tensor:
+    """uint8 RGB (T, 3, H, W) -> uint8 luma (T, 1, H, W), BT.601 weights, rounded.
+
+    The weights are sixteenth-bit integers that add up to one exactly, so a frame that is grey already (R = G = B)
+    comes out as its channel 0, bit for bit.
+    """
+    red, green, blue = frames.to(torch.int32).unbind(dim=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)

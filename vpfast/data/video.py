@@ -1,0 +1,198 @@
+"""Reading one video: a file that FFmpeg decodes (through PyAV), or a folder of images."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vpfast.data._files import natural_key
+from vpfast.data.errors import VideoError
+from vpfast.data.resize import Fit, Size, parse_size, resize, to_grey
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"})
+
+# Containers that hold video and nothing else. Left to itself FFmpeg also "plays" text files as terminal art, and
+# follows playlists to other files and to the network.
+_CONTAINERS = (
+    "avi,mov,mp4,m4v,matroska,webm,gif,apng,mpeg,mpegts,mpegvideo,h264,hevc,ivf,obu,ogg,flv,asf,mjpeg,dv,mxf,nut,"
+    "yuv4mpegpipe,rawvideo"
+)
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    size: Size = None,
+    channels: int = 3,
+    start: int = 0,
+    count: int | None = None,
+    fit: Fit = "squash",
+    at_least: int | None = None,
+) -> Tensor:
+    """Read a video file or a folder of images: uint8 (T, C, H, W), RGB or grey.
+
+    Frames come as they are stored, one after another: a variable frame rate is not evened out. Rotation that the file
+    asks for (phones do) is applied where it is a multiple of 90 degrees. Images of a folder are taken in natural
+    order, ``frame2`` before ``frame10``.
+
+    Args:
+        path: video file (avi, mp4, mov, mkv, webm, gif, ...) or folder with png, jpg, bmp, ... images.
+        size: ``None`` keeps the video's own size; an int is the side of a square; else (height, width).
+        channels: 3 for RGB as FFmpeg's ``rgb24``; 1 for its luma (BT.601), which in a grey video is channel 0 exactly.
+        start, count: the first frame, from 0, and how many; ``None`` takes all that follow.
+        fit: how a ``size`` of other proportions is met, ``"squash"`` or ``"crop"`` (the centre).
+        at_least: how few frames will do; by default ``count``, or 1 without one.
+
+    Raises:
+        VideoError: missing, unreadable, empty, damaged, no video in it, fewer frames than asked; names the file.
+        ValueError: arguments out of their range.
+        ImportError: without PyAV (or Pillow, for images); says what to install.
+    """
+    if start < 0 or (count is not None and count < 1):
+        raise ValueError(f"start must be at least 0 and count at least 1 or None, got start={start}, count={count}")
+    needed = at_least or count or 1
+    stop = None if count is None else start + count
+    seen, frames = 0, []
+    for seen, frame in enumerate(islice(iter_video(path, size, channels, fit), stop), start=1):
+        if seen > start:
+            frames.append(frame)
+    if len(frames) < needed:
+        raise VideoError(f"{path}: has {seen} frames; {needed} from frame {start} on were asked (frames count from 0)")
+    return torch.stack(frames)
+
+
+def iter_video(
+    path: str | os.PathLike[str], size: Size = None, channels: int = 3, fit: Fit = "squash"
+) -> Iterator[Tensor]:
+    """The frames of :func:`read_video` one at a time, uint8 (C, H, W): memory does not grow with the video."""
+    target = parse_size(size)
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
+    path = Path(path)
+    source = _images_of_folder(path) if path.is_dir() else _frames_of_file(path)
+    first_shape: tuple[int, ...] | None = None
+    for index, (name, rgb) in enumerate(source):
+        first_shape = first_shape or rgb.shape
+        if rgb.shape != first_shape:
+            raise VideoError(
+                f"{name}: frame {index} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), the frames before it are "
+                f"{first_shape[0]}x{first_shape[1]}; one video needs one size"
+            )
+        frame = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
+        frame = to_grey(frame) if channels == 1 else frame
+        frame = frame if target is None else resize(frame, target, fit)
+        yield frame.squeeze(0).contiguous()
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files right inside a folder, in natural order; hidden files are left out."""
+    names = [entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+    return [folder / name for name in sorted(names, key=natural_key) if not name.startswith(".")]
+
+
+def _images_of_folder(folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    try:
+        files = images_in(folder)
+    except OSError as error:
+        raise VideoError(f"{folder}: cannot be read ({error.strerror})") from error
+    if not files:
+        raise VideoError(f"{folder}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for file in files:
+        yield file, _read_image(file)
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install 'vpfast[cli]'") from error
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):
+                deep = np.asarray(image).astype(np.uint16)
+                return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # a damaged image makes Pillow raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise VideoError(f"{file}: not an image that can be read ({_reason(error, file)})") from error
+
+
+def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    av = _import_av()
+    _check_file(path)
+    decoded = declared = 0
+    try:
+        with av.open(
+            f"file:{path}",
+            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
+            metadata_errors="replace",
+        ) as container:
+            stream = _video_stream(container, path)
+            declared = stream.frames
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise VideoError(f"{path}: frame {decoded} is damaged; copy or encode the file again")
+                decoded += 1
+                yield path, _upright(frame)
+    except (av.FFmpegError, OSError) as error:
+        where = f" after {decoded} frames" if decoded else ""
+        raise VideoError(f"{path}: not a video that can be decoded{where} ({_reason(error, path)})") from error
+    if decoded == 0:
+        raise VideoError(f"{path}: holds a video stream without a single frame")
+    if decoded < declared:
+        warnings.warn(
+            f"{path}: announces {declared} frames and holds {decoded}; it may have been cut off", stacklevel=2
+        )
+
+
+def _import_av() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading video needs PyAV: pip install 'vpfast[cli]'") from error
+    module: ModuleType = av
+    return module
+
+
+def _check_file(path: Path) -> None:
+    """Tell apart what FFmpeg would lump together: missing, not a file, empty, not permitted."""
+    try:
+        with open(path, "rb") as file:
+            if not path.is_file():
+                raise VideoError(f"{path}: not a regular file")
+            if not file.read(1):
+                raise VideoError(f"{path}: an empty file (0 bytes)")
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    # The cover picture of a song is a video stream to FFmpeg.
+    streams = [s for s in container.streams.video if not s.disposition & s.disposition.__class__.attached_pic]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams})
+        raise VideoError(f"{path}: holds no video stream (only {', '.join(kinds) or 'nothing that can be decoded'})")
+    return streams[0]
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3), turned as the file's display matrix asks; ``rotation`` counts degrees counter-clockwise."""
+    rgb: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    quarter_turns = frame.rotation / 90
+    if quarter_turns % 4 and quarter_turns.is_integer():
+        rgb = np.ascontiguousarray(np.rot90(rgb, int(quarter_turns)))
+    return rgb
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What went wrong, without the number and the path that the error text repeats."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).replace(str(path), path.name).strip()
