@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/installed-demo
-	$(BIN)/python -m vpfast.cli.demo --out demo
+	$(BIN)/python examples/demo.py --out demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -240,10 +240,11 @@ class BuildNative(build_ext):
         return [*super().get_outputs(), os.path.join(self.build_lib, "vpfast", "_build.json")]
 
 
-setup(
-    packages=[*find_packages(include=["vpfast", "vpfast.*"]), "vpfast.kernels"],
-    package_dir={"vpfast.kernels": "kernels"},
-    package_data={"": ["README.md", "py.typed", "*.yaml"]},
-    ext_modules=[Extension("vpfast._C", sources=[])],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["vpfast", "vpfast.*"]), "vpfast.kernels"],
+        package_dir={"vpfast.kernels": "kernels"},
+        package_data={"": ["README.md"], "vpfast": ["py.typed", "configs/**/*.yaml"]},
+        ext_modules=[Extension("vpfast._C", sources=[])],
+        cmdclass={"build_ext": BuildNative},
+    )

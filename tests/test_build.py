@@ -1,0 +1,230 @@
+"""What setup.py decides, what it says, and what ends up in the wheel."""
+
+import importlib.util
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vpfast.ops import _native
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("vpfast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vpfast_setup"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build needs, free of what earlier builds left."""
+    target = tmp_path / "a path with spaces"
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, target)
+    for name in ("vpfast", "csrc", "kernels"):
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    return target
+
+
+def build(tree, python=sys.executable, arguments=("build", "--build-lib", "out"), **variables):
+    environment = {**os.environ, "PYTHONPATH": "", "MAX_JOBS": "2", **variables}
+    return subprocess.run([python, "setup.py", *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def record(tree):
+    return json.loads((tree / "out" / "vpfast" / "_build.json").read_text())
+
+
+def script(folder, name, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return path
+
+
+def test_none_builds_pure_python(tree):
+    done = build(tree, VPFAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert "vpfast builds: none" in done.stdout
+    assert record(tree)["reason"] == "VPFAST_BUILD=none"
+    assert not list((tree / "out").rglob("*.so"))
+    code = (
+        "import torch, vpfast; from vpfast.ops import _native, edlstm_gates;"
+        "h, c = edlstm_gates(torch.ones(1, 4, 2, requires_grad=True), torch.ones(1, 1, 2)); h.sum().backward();"
+        "print(_native.extension, _native.why_missing(), vpfast.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tree / "out")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "without compiled kernels (VPFAST_BUILD=none)" in done.stdout
+    assert str(tree) in done.stdout
+
+
+def test_unknown_choice_is_refused(tree):
+    done = build(tree, VPFAST_BUILD="gpu")
+    assert done.returncode != 0
+    assert "VPFAST_BUILD='gpu' is unknown; choose one of auto, cpu, cuda, none" in done.stderr
+
+
+def test_without_a_compiler(tree, tmp_path):
+    (tmp_path / "empty").mkdir()
+    hidden = {"PATH": str(tmp_path / "empty"), "CXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+    done = build(tree, VPFAST_BUILD="auto", **hidden)
+    assert done.returncode == 0, done.stderr
+    assert "vpfast builds: none" in done.stdout
+    assert "no C++ compiler was found" in record(tree)["reason"]
+    done = build(tree, VPFAST_BUILD="cpu", **hidden)
+    assert done.returncode != 0
+    assert "VPFAST_BUILD=cpu, but no C++ compiler was found" in done.stderr
+    assert "apt install g++" in done.stderr
+
+
+def test_a_broken_compiler_is_not_taken(tree, tmp_path):
+    broken = script(tmp_path / "bin", "g++", "echo 'cannot execute cc1plus' >&2; exit 1\n")
+    done = build(tree, VPFAST_BUILD="auto", CXX=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert "does not work: cannot execute cc1plus" in record(tree)["reason"]
+
+
+def test_a_broken_nvcc_gives_a_cpu_build_that_works(tree, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    script(tmp_path / "cuda" / "bin", "nvcc", "echo 'unsupported GNU version' >&2; exit 1\n")
+    done = build(tree, VPFAST_BUILD="auto", CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 0, done.stderr
+    assert record(tree)["built"] == "cpu"
+    assert "unsupported GNU version" in record(tree)["reason"]
+    code = (
+        "import torch; from vpfast import _C; from vpfast.ops import edlstm_gates;"
+        "edlstm_gates(torch.ones(1, 4, 2), torch.ones(1, 1, 2)); print(_C.build_info()['cuda'], _C.cuda_probe())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tree / "out")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None built without CUDA", done.stderr
+    done = build(tree, VPFAST_BUILD="cuda", CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode != 0
+    assert "VPFAST_BUILD=cuda, but" in done.stderr
+
+
+def test_without_torch_the_message_holds_the_command(tree, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    site = Path(sysconfig.get_path("purelib"))
+    for name in ("setuptools", "pybind11", "ninja", "pkg_resources", "_distutils_hack"):
+        if (site / name).exists():
+            (tools / name).symlink_to(site / name)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    done = build(tree, python, VPFAST_BUILD="cpu", PYTHONPATH=str(tools))
+    assert done.returncode != 0
+    assert "pip install torch --index-url https://download.pytorch.org/whl/cpu" in done.stderr
+    # The metadata and an sdist need no torch.
+    done = build(tree, python, arguments=("sdist",), PYTHONPATH=str(tools))
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_is_found_where_build_isolation_hides_it(tmp_path, monkeypatch):
+    """Isolation takes site-packages off sys.path; the interpreter still knows where it is."""
+    setup = load_setup()
+    site = str(Path(importlib.util.find_spec("torch").origin).parents[1])
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: site)
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: object() if site in sys.path else None)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != site])
+    assert setup.find_torch()[0].isdigit()
+    assert site in sys.path
+
+
+def test_architecture_list():
+    setup = load_setup()
+    assert setup.gencode_flags("8.0;9.0a;10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    for wrong in ("Hopper", "8.0;sm_90", "+PTX"):
+        with pytest.raises(SystemExit, match=r"is not like 8\.0, 9\.0a or"):
+            setup.gencode_flags(wrong)
+
+
+def test_architecture_list_of_the_environment_is_honoured(monkeypatch):
+    setup = load_setup()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a,12.0+PTX")
+    assert setup.architectures("no nvcc is asked") == "8.6;9.0a;12.0+PTX"
+
+
+def test_the_extension_holds_the_architectures_it_was_built_for():
+    built = _native.build_record()
+    if built["built"] != "cuda":
+        pytest.skip(f"built without CUDA: {built['reason']}")
+    assert _native.extension.build_info()["cuda_architectures"] == built["architectures"]
+    cuobjdump = Path(load_setup().toolkit_root(built["nvcc"])) / "bin" / "cuobjdump"
+    if not cuobjdump.is_file():
+        pytest.skip("needs cuobjdump to look inside")
+    elves = subprocess.run([cuobjdump, "--list-elf", _native.extension.__file__], capture_output=True, text=True).stdout
+    for entry in built["architectures"].split(";"):
+        assert "sm_" + entry.removesuffix("+PTX").replace(".", "") + "." in elves
+
+
+def test_no_cpp_symbol_of_torch_is_needed():
+    """What is left undefined is the C interface; c10:: or at:: would tie the binary to one torch release."""
+    if _native.extension is None or shutil.which("nm") is None:
+        pytest.skip("needs the compiled extension and nm")
+    undefined = subprocess.run(
+        ["nm", "-D", "--undefined-only", "--demangle", _native.extension.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "aoti_torch_" in undefined
+    assert [line for line in undefined.splitlines() if any(n in line for n in ("c10::", "at::", "torch::"))] == []
+
+
+def test_sdist_and_wheel(tree):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": "", "VPFAST_BUILD": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in (
+        "vpfast/py.typed",
+        "vpfast/_build.json",
+        "vpfast/kernels/__init__.py",
+        "vpfast/ops/edlstm_gates/README.md",
+        "vpfast/configs/mspn/moving-digits.yaml",
+    ):
+        assert wanted in names
+    package = [name for name in names if ".dist-info/" not in name]
+    assert all(name.startswith("vpfast/") for name in package)
+    assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".json", ".typed"}
+    assert not [name for name in package if "test" in name]
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    listing = subprocess.run(["tar", "tzf", sdist], capture_output=True, text=True, check=True).stdout
+    assert "csrc/edlstm_gates/edlstm_gates_cpu.cpp" in listing
+    assert "csrc/common/cuda_probe_cuda.cu" in listing
+    assert "/tests/" not in listing
