@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vpfast.cli._options import Options
+from vpfast.data.moving_digits import Split
 from vpfast.training.checkpoint import read_weights
-from vpfast.training.clips import SPLITS, dataset
+from vpfast.training.clips import dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
 from vpfast.training.evaluation import evaluate, markdown
 from vpfast.training.files import write_file
@@ -59,7 +60,7 @@ def _weights(argv: Sequence[str]) -> Path | None:
 def _options(trained: TrainConfig | None) -> Options:
     options = Options("vpfast evaluate", DESCRIPTION)
     options.add("weights", str, None, "a folder of weights, or a checkpoint; the options below default to its own")
-    options.add("split", Literal[SPLITS], "test", "which clips")
+    options.add("split", Split, "test", "which clips")
     options.add("context", int, trained.context if trained else 10, "real frames the model is given")
     options.add("horizon", int, trained.horizon if trained else 10, "frames it predicts")
     options.add("clips", int | None, None, f"how many clips (default: {DIGIT_CLIPS} of moving digits, all of videos)")

@@ -78,18 +78,17 @@ def _read(options: Any, channels: int) -> Tensor:
     """Context and, as far as the video goes, what followed: float32 (T, C, H, W) in [0, 1]."""
     size = None if options.size is None else tuple(options.size)
     wanted = options.context + options.horizon
-    if options.start < 0:
-        frames = read_video(options.video, size=size, channels=channels)
-        first = max(0, frames.shape[0] + options.start)
-        frames = frames[first : first + wanted]
+    if options.start >= 0:
+        at_least = options.context
+        frames = read_video(options.video, size, channels, options.start, count=wanted, at_least=at_least)
     else:
-        frames = read_video(options.video, size=size, channels=channels, start=options.start, count=wanted)
-    if frames.shape[0] < options.context:
-        raise VideoError(
-            f"{options.video}: has {frames.shape[0]} frames from --start {options.start} on, "
-            f"fewer than the {options.context} of --context"
-        )
-    return frames.float() / 255
+        frames = read_video(options.video, size, channels)[options.start :][:wanted]
+        if frames.shape[0] < options.context:
+            raise VideoError(
+                f"{options.video}: {frames.shape[0]} frames from --start {options.start} on, "
+                f"fewer than the {options.context} of --context"
+            )
+    return frames.float().div(255)
 
 
 def _write(folder: Path, context: Tensor, prediction: Tensor, future: Tensor, fps: int) -> None:

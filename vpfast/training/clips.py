@@ -1,34 +1,53 @@
 """The clips of a run: the data set of each split, and which clips every process sees at every step."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from vpfast.data import MovingDigits, VideoFolder
-from vpfast.training.config import DataConfig
+from vpfast.data import MovingDigits, VideoError, VideoFolder
+from vpfast.data.moving_digits import SPLITS, Split
+from vpfast.data.video_folder import find_videos
+from vpfast.training.config import DataConfig, SplitConfig
 
-SPLITS = ("train", "val", "test")
+
+def check_apart(config: DataConfig) -> None:
+    """Raise ValueError where two splits of a video folder share a file. Moving digits never share an image."""
+    if config.kind != "video-folder" or config.root is None:
+        return
+    owner: dict[Path, str] = {}
+    for split in SPLITS:
+        patterns: SplitConfig = getattr(config, split)
+        if not patterns.include:
+            continue
+        with suppress(VideoError):  # a split without files shares none; whoever uses it is told
+            for path in find_videos(Path(config.root), patterns.include, patterns.exclude):
+                if owner.setdefault(path, split) != split:
+                    raise ValueError(f"data.{split}.include: {path} is in the {owner[path]} split too")
 
 
-def dataset(config: DataConfig, split: str, length: int, count: int | None = None, seed: int = 0) -> Dataset[Tensor]:
+def dataset(config: DataConfig, split: Split, length: int, count: int | None = None, seed: int = 0) -> Dataset[Tensor]:
     """The clips of ``split``, each (length, C, H, W) in [0, 1]; ``count`` of them, evenly spaced, where there are more.
 
     Raises:
         ValueError: the split has no clip, or shares a file with another; what the data set itself refuses.
     """
     if config.kind == "moving-digits":
-        return MovingDigits(
+        digits = MovingDigits(
             config.root,
             split=split,
             length=length,
             count=config.clips if count is None else count,
             seed=seed,
-            size=config.frame_size[0],
+            size=config.frame_size[0] * config.supersample,
             digits=config.digits,
-            digit_size=config.digit_size,
+            digit_size=config.digit_size * config.supersample,
         )
+        return digits if config.supersample == 1 else AveragedDown(digits, config.supersample)
     patterns = getattr(config, split)
     if not patterns.include:
         raise ValueError(f"data.{split}.include: no pattern given, so the {split} split has no files")
@@ -46,6 +65,19 @@ def dataset(config: DataConfig, split: str, length: int, count: int | None = Non
     if count is None or count >= len(clips):
         return clips
     return Subset(clips, torch.linspace(0, len(clips) - 1, count).round().long().tolist())
+
+
+class AveragedDown(Dataset[Tensor]):
+    """The clips of another data set with every square of ``factor`` x ``factor`` pixels averaged."""
+
+    def __init__(self, clips: Dataset[Tensor], factor: int) -> None:
+        self.clips, self.factor = clips, factor
+
+    def __len__(self) -> int:
+        return len(self.clips)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return avg_pool2d(self.clips[index], self.factor)
 
 
 class StepBatches(Sampler[list[int]]):

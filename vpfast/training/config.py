@@ -43,6 +43,9 @@ class DataConfig:
     channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
     digits: int = option(2, "moving-digits: how many digits move in a clip")
     digit_size: int = option(28, "moving-digits: height and width of a digit")
+    supersample: int = option(
+        1, "moving-digits: draw so many times larger and average down, so that digits move by fractions of a pixel"
+    )
     clips: int = option(10_000, "moving-digits: clips in the training split")
     stride: int | None = option(None, "video-folder: frames from one clip's start to the next (default: no overlap)")
     cache: str | None = option(None, "video-folder: where decoded videos are kept (default: beside the user's caches)")
@@ -187,7 +190,7 @@ def _check_numbers(config: TrainConfig) -> None:
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
-    for key in ("digits", "digit_size", "clips"):
+    for key in ("digits", "digit_size", "supersample", "clips"):
         _require(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _require(data.stride is None or data.stride >= 1, "data.stride", data.stride, "at least 1")
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vpfast.training import checkpoint
-from vpfast.training.clips import StepBatches, dataset, loader
+from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, leaves, to_dict
 from vpfast.training.files import new_folder, write_file
 from vpfast.training.network import build_model, start_from
@@ -64,6 +64,7 @@ class _Run:
         _check_folder(config, resume)
         self.accelerator = _accelerator(config)
         self.progress = progress and self.accelerator.is_main_process
+        check_apart(config.data)
         self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
         self.val = self._validation_clips()
 
