@@ -40,7 +40,8 @@ def structural_similarity(
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).reshape(images, channels, -1).mean(dim=(1, 2))
+    ssim: Tensor = luminance * structure
+    return ssim.reshape(images, channels, -1).mean(dim=(1, 2))
 
 
 def _blur(x: Tensor, dim: int) -> Tensor:
@@ -48,7 +49,7 @@ def _blur(x: Tensor, dim: int) -> Tensor:
     convolution on the CPU, and each image's result is the same whatever the batch around it."""
     bell = [math.exp(-((i - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for i in range(WINDOW)]
     length = x.shape[dim] - WINDOW + 1
-    result = torch.zeros_like(x.narrow(dim, 0, length))
+    result: Tensor = torch.zeros_like(x.narrow(dim, 0, length))
     for shift, weight in enumerate(bell):
         result.add_(x.narrow(dim, shift, length), alpha=weight / sum(bell))
     return result

@@ -1,0 +1,7 @@
+"""Pictures out: labelled films as GIF and MP4, strips of frames as PNG."""
+
+from vpfast.visual.film import side_by_side
+from vpfast.visual.strip import write_strip
+from vpfast.visual.writers import write_gif, write_mp4
+
+__all__ = ["side_by_side", "write_gif", "write_mp4", "write_strip"]

@@ -1,0 +1,131 @@
+"""Frames to GIF and MP4."""
+
+import math
+import os
+from fractions import Fraction
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vpfast.visual._frames import Pixels, replacing, to_pixels
+
+_GIF_CLOCK = 100  # GIF counts hundredths of a second; viewers take less than two of them for ten
+_CHUNK = 1 << 14
+_EXACT = 64  # palette entries for the commonest colours: median cut averages even the paper's white away
+_BT709 = 1
+
+
+def write_gif(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> None:
+    """Write an endlessly looping GIF.
+
+    One palette for the whole clip, so that still parts do not flicker: the very colours where there are at most 256
+    (any grey clip), else the commonest and a median cut of the rest.
+
+    Args:
+        frames: (T, C, H, W), float in [0, 1] or uint8, RGB or grey.
+        fps: frames a second, in (0, 50]; GIF rounds each frame's time to hundredths of a second.
+
+    Raises:
+        TypeError, ValueError: frames or ``fps`` that cannot be written.
+        ImportError: without PyAV and Pillow; says what to install.
+    """
+    _check_fps(fps, most=50)
+    av = _import_av()
+    indices, palette = _palettize(to_pixels(frames))
+    options = {"loop": "0", "final_delay": str(round(_GIF_CLOCK / fps))}
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
+        stream = container.add_stream("gif", rate=_GIF_CLOCK)
+        stream.height, stream.width = indices.shape[1:]
+        stream.pix_fmt = "pal8"
+        stream.codec_context.time_base = Fraction(1, _GIF_CLOCK)
+        for number, image in enumerate(indices):
+            frame = av.VideoFrame.from_ndarray((image, palette), format="pal8")
+            frame.time_base = Fraction(1, _GIF_CLOCK)
+            frame.pts = round(number * _GIF_CLOCK / fps)
+            frame.duration = round((number + 1) * _GIF_CLOCK / fps) - frame.pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def write_mp4(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> None:
+    """Write an MP4 that plays everywhere: H.264 (yuv420p, BT.709), or MPEG-4 where FFmpeg was built without libx264.
+
+    Odd sizes are made even, which the pixel format asks for, by repeating the last row or column.
+
+    Args:
+        frames: (T, C, H, W), float in [0, 1] or uint8, RGB or grey.
+        fps: frames a second, above 0.
+
+    Raises:
+        TypeError, ValueError: frames or ``fps`` that cannot be written.
+        ImportError: without PyAV; says what to install.
+    """
+    _check_fps(fps, most=1000)
+    av = _import_av()
+    pixels = to_pixels(frames)
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    h264 = "libx264" in av.codecs_available
+    options = {"crf": "18", "preset": "medium"} if h264 else {"qscale": "2"}
+    with (
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=rate, options=options)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = _BT709
+        for image in pixels:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        container.mux(stream.encode(None))
+
+
+def _palettize(pixels: Pixels) -> tuple[Pixels, NDArray[np.uint8]]:
+    """uint8 (T, H, W, 3) -> uint8 indices (T, H, W) and the (256, 4) palette, alpha first."""
+    palette = np.zeros((256, 4), np.uint8)
+    palette[:, 0] = 255
+    packed = (pixels.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(axis=3, dtype=np.uint32)
+    colours, indices, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    if len(colours) <= 256:
+        palette[: len(colours), 1:] = _unpack(colours)
+        return indices.reshape(packed.shape).astype(np.uint8), palette
+
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("writing a GIF in colour needs Pillow: pip install 'vpfast[cli]'") from error
+    sample = pixels[np.linspace(0, len(pixels) - 1, min(16, len(pixels))).astype(int)]
+    cut = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).quantize(256 - _EXACT, Image.Quantize.MEDIANCUT)
+    chosen = np.frombuffer(bytes(cut.getpalette() or ()), np.uint8).reshape(-1, 3)[: 256 - _EXACT]
+    commonest = _unpack(colours[np.argsort(-counts, kind="stable")[:_EXACT]])
+    chosen = np.concatenate([commonest, chosen])
+    palette[: len(chosen), 1:] = chosen
+    # Each colour takes the nearest entry, undithered: enlarged pixels would show the grain, moving frames its flicker.
+    entries = torch.from_numpy(chosen).float()
+    wanted = torch.from_numpy(_unpack(colours)).float()
+    parts = [torch.cdist(wanted[i : i + _CHUNK], entries).argmin(dim=1) for i in range(0, len(wanted), _CHUNK)]
+    nearest = torch.cat(parts).numpy().astype(np.uint8)
+    return nearest[indices].reshape(packed.shape), palette
+
+
+def _unpack(colours: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    return (colours[:, None] >> np.array([16, 8, 0], np.uint32) & 255).astype(np.uint8)
+
+
+def _check_fps(fps: float, most: float) -> None:
+    if not (math.isfinite(fps) and 0 < fps <= most):
+        raise ValueError(f"fps must be above 0 and at most {most:g}, got {fps}")
+
+
+def _import_av() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("writing GIF and MP4 needs PyAV: pip install 'vpfast[cli]'") from error
+    module: ModuleType = av
+    return module
