@@ -152,7 +152,7 @@ def test_a_run_starts_from_given_weights(tiny, tmp_path):
         ({"name": "vit"}, "model.name: 'vit' given"),
         ({"preset": "huge"}, "model: .*no preset 'huge'"),
         ({"levels": 9}, "model: .*levels"),
-        ({"in_channels": 3}, "model.in_channels: 3 given, but data.channels is 1"),
+        ({"in_channels": 3}, "data.channels: 1 given, but the model's in_channels is 3"),
         ({"channels": [4] * 6}, "data.size: 16 given, must be a multiple of 32"),
     ],
 )

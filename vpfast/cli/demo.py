@@ -103,12 +103,12 @@ def _train(data: DataConfig, scratch: Path, scale: float) -> Path:
 
 
 def _draw(model: MSPN, clip: Tensor, folder: Path) -> None:
-    context, truth = clip[:CONTEXT], clip[CONTEXT:]
+    context = clip[:CONTEXT]
     device = next(model.parameters()).device
     prediction = model.predict(context.unsqueeze(0).to(device), horizon=HORIZON)[0].clamp(0, 1).cpu()
-    film = side_by_side({"truth": clip, "prediction": torch.cat([context, prediction])})
-    write_gif(folder / "prediction.gif", film, fps=6)
-    write_strip(folder / "strip.png", {"truth": truth, "prediction": prediction})
+    clips = {"truth": clip, "prediction": torch.cat([context, prediction])}
+    write_gif(folder / "prediction.gif", side_by_side(clips, context=CONTEXT), fps=6)
+    write_strip(folder / "strip.png", clips, context=CONTEXT)
 
 
 def kernel_table() -> list[str]:

@@ -12,6 +12,7 @@ from vpfast.training.clips import dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
 from vpfast.training.evaluation import evaluate, markdown
 from vpfast.training.files import write_file
+from vpfast.training.network import check_fit
 
 DESCRIPTION = (
     "Measure a trained model on the test split of the data it was trained on, or of other data by --data.*: MSE, MAE, "
@@ -30,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
     if model is None:
         raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
     config = _checked(values)
+    check_fit(model.config, config.data)
     count = values["clips"] or (DIGIT_CLIPS if config.data.kind == "moving-digits" else None)
     clips = dataset(config.data, values["split"], config.clip_length, count, config.seed)
     reports = evaluate(model, clips, config.context, config.batch_size, progress=True)
@@ -50,7 +52,7 @@ def _weights(argv: Sequence[str]) -> Path | None:
     """``--weights`` is looked for first: how those weights were trained gives the other options their defaults."""
     if "-h" in argv or "--help" in argv:
         return None
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+    for arg, following in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = arg.partition("=")
         if name == "--weights":
             return Path(value if equals else following)

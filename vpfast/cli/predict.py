@@ -20,7 +20,7 @@ DESCRIPTION = """Predict the frames that follow `context` real frames of a video
   prediction.npy   the predicted frames alone: float32 (horizon, C, H, W) in [0, 1]
   prediction.gif   the real frames, then the prediction; beside what really followed where the video has it
   prediction.mp4   the same
-  strip.png        the predicted frames in a row, with what really followed and the difference where known"""
+  strip.png        the frames in rows: what really happened and the difference where known, and the prediction"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -94,11 +94,9 @@ def _read(options: Any, channels: int) -> Tensor:
 def _write(folder: Path, context: Tensor, prediction: Tensor, future: Tensor, fps: int) -> None:
     np.save(folder / "prediction.npy", prediction.numpy())
     clips = {"prediction": torch.cat([context, prediction])}
-    rows = {"prediction": prediction}
     if future.shape[0] == prediction.shape[0]:
         clips = {"truth": torch.cat([context, future]), **clips}
-        rows = {"truth": future, **rows}
-    film = side_by_side(clips)
+    film = side_by_side(clips, context=context.shape[0])
     write_gif(folder / "prediction.gif", film, fps)
     write_mp4(folder / "prediction.mp4", film, fps)
-    write_strip(folder / "strip.png", rows)
+    write_strip(folder / "strip.png", clips, context=context.shape[0])

@@ -25,8 +25,13 @@ def option(default: T, text: str) -> T:
 class SplitConfig:
     """Which files of a video folder belong to one split: glob patterns on the path relative to ``data.root``."""
 
-    include: tuple[str, ...] = option((), "patterns of the files in this split; none means the split is empty")
-    exclude: tuple[str, ...] = option((), "patterns of files to leave out again")
+    include: tuple[str, ...] | str = option((), "patterns of the files in this split; none means the split is empty")
+    exclude: tuple[str, ...] | str = option((), "patterns of files to leave out again")
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,17 @@ def build_model(options: Mapping[str, Any], data: DataConfig) -> MSPN:
         config = MSPNConfig.preset(preset, **fields)
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
+    check_fit(config, data)
+    return MSPN(config)
+
+
+def check_fit(config: MSPNConfig, data: DataConfig) -> None:
+    """Raise ValueError, which names the key, where the network cannot take these frames."""
     if config.in_channels != data.channels:
-        raise ValueError(f"model.in_channels: {config.in_channels} given, but data.channels is {data.channels}")
+        raise ValueError(f"data.channels: {data.channels} given, but the model's in_channels is {config.in_channels}")
     for side in data.frame_size:
         if side % config.multiple:
             raise ValueError(f"data.size: {side} given, must be a multiple of {config.multiple} for this model")
-    return MSPN(config)
 
 
 def start_from(model: MSPN, folder: str) -> None:
