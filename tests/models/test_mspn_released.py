@@ -224,6 +224,10 @@ def test_parameter_counts(preset: str, changes: dict[str, Any], used: int, regis
     assert used + never_used(config) == registered
 
 
+def test_compact_preset_is_the_size_that_its_readme_states() -> None:
+    assert count(MSPNConfig.preset("compact")) == 80_458
+
+
 def released_discriminator(channels: tuple[int, ...], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"layer1.weight": (channels[0], 3, 7, 7), "layer1.bias": (channels[0],)}
     for index, (i, o) in enumerate(pairwise(channels)):

@@ -127,5 +127,5 @@ PRESETS: dict[str, MSPNConfig] = {
     "paper-enc-lstm-dec": dataclasses.replace(
         _RELEASED_MNIST, gate_order="fiog", recurrence="enc_lstm_dec", lstm_output_kernel_size=1
     ),
-    "compact": MSPNConfig(in_channels=1, channels=(8, 16, 32, 64), levels=2, hidden_channels=8, widen="after_pool"),
+    "compact": MSPNConfig(in_channels=1, channels=(8, 16, 32), levels=2, hidden_channels=8, widen="after_pool"),
 }
