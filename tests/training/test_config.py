@@ -34,6 +34,7 @@ def test_unknown_key_names_the_nearest():
         ({"data": {"size": [32, 64]}}, "data.size"),
         ({"data": {"channels": 3}}, "data.channels"),
         ({"data": {"size": 16}}, "data.digit_size"),
+        ({"data": {"speed": 1.0}}, "data.speed"),
         ({"data": {"kind": "video-folder"}}, "data.root"),
         ({"data": {"kind": "video-folder", "root": "x"}}, "data.val.include"),
         ({"loss": {"feedback": "random", "feedback_range": [5, 3]}}, "loss.feedback_range"),

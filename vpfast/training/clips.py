@@ -46,6 +46,7 @@ def dataset(config: DataConfig, split: Split, length: int, count: int | None = N
             size=config.frame_size[0] * config.supersample,
             digits=config.digits,
             digit_size=config.digit_size * config.supersample,
+            speed=config.speed,
         )
         return digits if config.supersample == 1 else AveragedDown(digits, config.supersample)
     patterns = getattr(config, split)

@@ -48,6 +48,7 @@ class DataConfig:
     channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
     digits: int = option(2, "moving-digits: how many digits move in a clip")
     digit_size: int = option(28, "moving-digits: height and width of a digit")
+    speed: float = option(0.1, "moving-digits: how much of the way from wall to wall a digit covers in one frame")
     supersample: int = option(
         1, "moving-digits: draw so many times larger and average down, so that digits move by fractions of a pixel"
     )
@@ -195,6 +196,7 @@ def _check_numbers(config: TrainConfig) -> None:
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
+    _require(0 <= data.speed < 1, "data.speed", data.speed, "at least 0 and below 1")
     for key in ("digits", "digit_size", "supersample", "clips"):
         _require(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _require(data.stride is None or data.stride >= 1, "data.stride", data.stride, "at least 1")
