@@ -38,15 +38,18 @@ def resize(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor
         frames = frames[..., top : top + crop_height, left : left + crop_width]
     if tuple(frames.shape[-2:]) == size:
         return frames
-    result: Tensor = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return result.contiguous()
+    # In float32: torch 2.13's faster uint8 kernel fails on frames of one column, and differs between processors.
+    result = F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return result.round_().clamp_(0, 255).to(torch.uint8).contiguous()
 
 
 def to_grey(frames: Tensor) -> Tensor:
-    """uint8 RGB (T, 3, H, W) -> uint8 luma (T, 1, H, W), BT.601 weights, rounded.
+    """uint8 RGB (T, 3, H, W) -> uint8 (T, 1, H, W): luma (BT.601 weights, rounded), or channel 0 of a grey frame.
 
-    The weights are sixteenth-bit integers that add up to one exactly, so a frame that is grey already (R = G = B)
-    comes out as its channel 0, bit for bit.
+    A frame is grey where its channels nowhere differ by more than three steps. That is what one step of chroma comes
+    to, by which some frames of coded grey film are off (KTH's are), and channel 0 is what the literature takes there.
     """
     red, green, blue = frames.to(torch.int32).unbind(dim=1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+    colour = (frames.amax(dim=1) - frames.amin(dim=1)).amax(dim=(1, 2), keepdim=True) > 3
+    return torch.where(colour, luma, red).to(torch.uint8).unsqueeze(1)

@@ -45,7 +45,7 @@ def read_video(
     Args:
         path: video file (avi, mp4, mov, mkv, webm, gif, ...) or folder with png, jpg, bmp, ... images.
         size: ``None`` keeps the video's own size; an int is the side of a square; else (height, width).
-        channels: 3 for RGB as FFmpeg's ``rgb24``; 1 for its luma (BT.601), which in a grey video is channel 0 exactly.
+        channels: 3 for RGB as FFmpeg's ``rgb24``; 1 for grey, its luma (BT.601) or, in a grey video, its channel 0.
         start, count: the first frame, from 0, and how many; ``None`` takes all that follow.
         fit: how a ``size`` of other proportions is met, ``"squash"`` or ``"crop"`` (the centre).
         at_least: how few frames will do; by default ``count``, or 1 without one.
@@ -76,7 +76,7 @@ def iter_video(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
     path = Path(path)
-    source = _images_of_folder(path) if path.is_dir() else _frames_of_file(path)
+    source = _images_of_folder(path) if os.path.isdir(path) else _frames_of_file(path)
     first_shape: tuple[int, ...] | None = None
     for index, (name, rgb) in enumerate(source):
         first_shape = first_shape or rgb.shape
@@ -127,7 +127,7 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
 def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     av = _import_av()
     _check_file(path)
-    decoded = declared = 0
+    decoded = ended = announced = 0
     try:
         with av.open(
             f"file:{path}",
@@ -135,21 +135,24 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
             metadata_errors="replace",
         ) as container:
             stream = _video_stream(container, path)
-            declared = stream.frames
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise VideoError(f"{path}: frame {decoded} is damaged; copy or encode the file again")
                 decoded += 1
                 yield path, _upright(frame)
+                if frame.pts is not None:
+                    ended = frame.pts + (frame.duration or 0) - (stream.start_time or 0)
+            announced = stream.duration or 0
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
         raise VideoError(f"{path}: not a video that can be decoded{where} ({_reason(error, path)})") from error
     if decoded == 0:
         raise VideoError(f"{path}: holds a video stream without a single frame")
-    if decoded < declared:
+    if decoded > 1 and ended * decoded < 0.95 * announced * (decoded - 1):  # the last duration may be unknown
         warnings.warn(
-            f"{path}: announces {declared} frames and holds {decoded}; it may have been cut off", stacklevel=2
+            f"{path}: ends after {decoded} frames, {ended / announced:.0%} of the time announced; was it cut off?",
+            stacklevel=2,
         )
 
 

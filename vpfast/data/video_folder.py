@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,9 +139,11 @@ def default_cache() -> Path:
 
 def find_videos(root: Path, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Path]:
     """Video files and folders of images at or under ``root``, sorted; hidden ones are left out. VideoError if none."""
-    if not root.exists():
-        raise VideoError(f"{root}: no such file or folder")
-    if root.is_file():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except OSError as error:
+        raise VideoError(f"{root}: cannot be read ({error.strerror})") from error
+    if not is_folder:
         return [root]
     found: list[tuple[str, Path]] = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
@@ -204,11 +207,11 @@ def _decoded(path: Path, size: tuple[int, int] | None, channels: int, fit: Fit, 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
     """Name, time of change and size of every file that makes up the video."""
     try:
-        files = images_in(path) if path.is_dir() else [path]
-        stats = [(file.name, file.stat()) for file in files]
+        files = images_in(path) if os.path.isdir(path) else [path]
+        facts = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
-    return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+    return [(name, fact.st_mtime_ns, fact.st_size) for name, fact in facts]
 
 
 def _known_shape(array: Path, index: Path) -> tuple[int, int, int, int] | None:

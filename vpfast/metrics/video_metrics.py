@@ -116,7 +116,6 @@ class VideoMetrics:
                 has no meaningful mean), a target that is not in [0, 1].
         """
         self._check(prediction, target)
-        self._shape = tuple(target.shape[1:])
         steps = target.shape[1]
         chunk = max(1, _PIXELS_AT_ONCE // max(1, target[0, 0].numel()))
         frames, real = prediction.flatten(0, 1), target.to(prediction.device).flatten(0, 1)
@@ -127,6 +126,7 @@ class VideoMetrics:
         for name in parts[0] if parts else ():
             sums = torch.cat([part[name] for part in parts]).view(-1, steps).sum(dim=0)
             self._sums[name] = sums + self._sums[name].to(sums.device) if name in self._sums else sums
+        self._shape = tuple(target.shape[1:])
         self._clips += target.shape[0]
 
     def compute(self) -> Report:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vpfast.visual._frames import Pixels, check_rows, replacing
 
 _CELL, _GAP = 0.92, 0.05  # inches: the side of a square frame (others get its area), and the space between two
-_LEFT, _RIGHT, _TOP, _BOTTOM = 1.05, 0.62, 0.52, 0.14
+_RIGHT, _BOTTOM = 0.62, 0.14
 _PARTING = 0.2  # between what was given and what was predicted
 _INK, _PALE, _GIVEN, _PREDICTED = "#1f2937", "#9ca3af", "#6b7280", "#2563eb"
 
@@ -55,9 +55,11 @@ def write_strip(
 
     height, width = next(iter(pixels.values())).shape[1:3]
     cell_h, cell_w = _CELL * (height / width) ** 0.5, _CELL * (width / height) ** 0.5
-    left = [_LEFT + i * (cell_w + _GAP) + (_PARTING if 0 < context <= step else 0) for i, step in enumerate(columns)]
+    top = 0.52 if context else 0.3
+    margin = 0.25 + 0.09 * max(map(len, [*rows, "error"]))
+    left = [margin + i * (cell_w + _GAP) + (_PARTING if 0 < context <= step else 0) for i, step in enumerate(columns)]
     total_w = left[-1] + cell_w + _RIGHT
-    total_h = _TOP + len(images) * (cell_h + _GAP) + _BOTTOM
+    total_h = top + len(images) * (cell_h + _GAP) + _BOTTOM
     figure = Figure(figsize=(total_w, total_h), dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -67,10 +69,10 @@ def write_strip(
 
     last_error = None
     for number, (name, clip, is_error) in enumerate(images):
-        y = _TOP + number * (cell_h + _GAP)
+        y = top + number * (cell_h + _GAP)
         colour = _PALE if is_error else _INK
         figure.text(
-            (_LEFT - 0.1) / total_w, 1 - (y + cell_h / 2) / total_h, name, ha="right", va="center", color=colour
+            (margin - 0.1) / total_w, 1 - (y + cell_h / 2) / total_h, name, ha="right", va="center", color=colour
         )
         for x, step in zip(left, columns, strict=True):
             at = step - (steps - len(clip))
@@ -85,7 +87,7 @@ def write_strip(
                 last_error = cell.imshow(clip[at], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             else:
                 cell.imshow(clip[at], interpolation="nearest")
-    _headings(figure, left, columns, context, cell_w, (total_w, total_h))
+    _headings(figure, left, columns, context, cell_w, top)
     if last_error is not None:
         bar = figure.colorbar(last_error, cax=axes(left[-1] + cell_w + 0.12, y, 0.07, cell_h), ticks=[-limit, 0, limit])
         bar.ax.set_yticklabels([f"−{limit:.2g}", "0", f"+{limit:.2g}"])
@@ -100,7 +102,7 @@ def _columns(steps: int, context: int, most: int) -> list[int]:
     if steps <= most:
         return list(range(steps))
     future = steps - context
-    shown_given = min(context, max(1, round(most * context / steps))) if context else 0
+    shown_given = min(context, most - (future > 0), max(1, round(most * context / steps))) if context else 0
     shown_future = min(future, most - shown_given)
     given = np.linspace(context - 1, 0, shown_given, endpoint=shown_given > 1).round().astype(int)[::-1]
     predicted = np.linspace(context, steps - 1, shown_future).round().astype(int)
@@ -124,23 +126,21 @@ def _rows_of_images(
     return rows, limit
 
 
-def _headings(
-    figure: Any, left: list[float], columns: list[int], context: int, cell: float, total: tuple[float, float]
-) -> None:
+def _headings(figure: Any, left: list[float], columns: list[int], context: int, cell: float, top: float) -> None:
     """Step numbers, and above them a bracket over what was given and one over what was predicted."""
     from matplotlib.lines import Line2D
 
-    width, height = total
+    width, height = figure.get_size_inches()
     for x, step in zip(left, columns, strict=True):
         colour = _GIVEN if step < context else _PREDICTED if context else _INK
-        at = ((x + cell / 2) / width, 1 - (_TOP - 0.06) / height)
+        at = ((x + cell / 2) / width, 1 - (top - 0.06) / height)
         figure.text(*at, str(step + 1), ha="center", va="bottom", color=colour, fontsize=9)
     groups = {"given": [x for x, s in zip(left, columns, strict=True) if s < context]}
     groups["predicted"] = left[len(groups["given"]) :]
     for (name, xs), colour in zip(groups.items(), (_GIVEN, _PREDICTED), strict=True):
         if not context or not xs:
             continue
-        y = 1 - (_TOP - 0.24) / height
+        y = 1 - (top - 0.24) / height
         ends = [xs[0] / width, (xs[-1] + cell) / width]
         figure.add_artist(Line2D(ends, [y, y], color=colour, linewidth=1.2))
         figure.text(sum(ends) / 2, y + 0.03 / height, name, ha="center", va="bottom", color=colour, fontsize=9)
