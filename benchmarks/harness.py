@@ -1,5 +1,6 @@
 """Side-by-side timing: every contender is called in turn, round after round, so that what disturbs one disturbs all."""
 
+import ctypes
 import json
 import os
 import platform
@@ -14,6 +15,20 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def allocator(mode: str) -> None:
+    """Decide where large results come from, which for a memory-bound operator is half of its time.
+
+    "recycled": glibc keeps what is freed and hands it out again, as in a loop that has warmed up. "fresh": every large
+    tensor is new memory from the system, a page fault every 4 KB. Left alone, glibc mixes the two by its history, and
+    each contender's figure would depend on who ran before.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    large = 2**30 if mode == "recycled" else 2**17
+    libc = ctypes.CDLL("libc.so.6")
+    if not (libc.mallopt(mmap_threshold, large) and libc.mallopt(trim_threshold, large)):
+        raise OSError("glibc refused mallopt")
 
 
 @dataclass

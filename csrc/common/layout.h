@@ -13,11 +13,6 @@
 
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace vpfast {
 
 enum class Layout { contiguous, channels_last };
@@ -59,28 +54,10 @@ inline torch::headeronly::MemoryFormat memory_format(Layout layout, int64_t dims
   return dims == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
 
-// Large results come as fresh memory from the system, a page fault every 4 KB: five times the work of filling them.
-// Where the system offers 2 MB pages on request, this requests them. A hint: nothing depends on it being heard.
-inline void prefer_huge_pages(const torch::stable::Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHugePage = size_t{1} << 21;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes < 2 * kHugePage || !t.is_cpu()) return;
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const auto start = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(start), bytes - page, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
-
 // Uninitialized, of the shape and on the device of `t`.
 inline torch::stable::Tensor empty_as(const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype,
                                       Layout layout) {
-  auto result =
-      torch::stable::empty(t.sizes(), dtype, std::nullopt, t.device(), std::nullopt, memory_format(layout, t.dim()));
-  prefer_huge_pages(result);
-  return result;
+  return torch::stable::empty(t.sizes(), dtype, std::nullopt, t.device(), std::nullopt, memory_format(layout, t.dim()));
 }
 
 // `t` itself where its rows are packed (they may lie any distance apart, also 0), else a copy in `layout`.

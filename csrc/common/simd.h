@@ -3,13 +3,12 @@
 // `F32` is a register of floats (4, 8 or 16) on the compiler's own vector types, so one source serves every width.
 // `F64` is a single double: float64 is there to check gradients with, and takes the C library's functions.
 //
-// exp(x) = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2. It is handed out in two parts, `scale` = 2^n and
-// `q` = 2^n (e^r - 1), because exp = scale + q and expm1 = (scale - 1) + q: the second keeps its relative accuracy near
-// 0, where tanh needs it.
+// e^-v = 2^n e^-s with n = round(-v / ln 2) and s = v + n ln 2, |s| <= ln 2 / 2; e^-s is a polynomial.
 //
-// sigmoid and tanh are written on e = exp(-|x|) <= 1, so that nothing overflows, both tails keep their relative
-// accuracy, and the derivatives need no 1 - y, which cancels. They come as numerator and denominator: a product of two
-// of them then costs one division. Below e^-87.7, under the smallest normal number, e is 0. NaN passes through.
+// sigmoid is 1 / (1 + e^-x), with x held within +-88, where e^88 is still finite. tanh is written on e^-2|x| - 1,
+// computed as such, so that it keeps its relative accuracy near 0. Both come as numerator and denominator: a product of
+// two of them then costs one division. Their derivatives are written on the same e and need no 1 - y, which cancels.
+// NaN passes through.
 
 constexpr int kBytes = VPFAST_ISA_LEVEL == 2 ? 64 : VPFAST_ISA_LEVEL == 1 ? 32 : 16;
 constexpr int kLanes = kBytes / 4;
@@ -32,65 +31,97 @@ VPFAST_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
 VPFAST_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
 VPFAST_INLINE F32 operator*(float a, F32 b) { return {a * b.v}; }
 
-struct ExpParts {
-  F32 scale, q;
-};
-
-// exp(x) for x <= 0, in its two parts.
-VPFAST_INLINE ExpParts exp_parts(F32 x) {
-  constexpr float kLowest = -88.0f;  // n = -127 there, whose bit pattern is zero
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest mantissa bits
-  // Minimax fit of (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2; relative error of e^r 3.1e-9.
-  constexpr float kP0 = 0.49999994f, kP1 = 0.16666521f, kP2 = 0.041668389f, kP3 = 0.0083687454f, kP4 = 0.0013814541f;
-
-  const FloatLanes v = x.v < kLowest ? F32::broadcast(kLowest).v : x.v;  // a NaN fails the comparison and is kept
-  const FloatLanes shifted = v * kLog2E + kRound;
-  const FloatLanes n = shifted - kRound;
-  const FloatLanes r = (v - n * kLn2High) - n * kLn2Low;
-  const FloatLanes p = (((kP4 * r + kP3) * r + kP2) * r + kP1) * r + kP0;
-  const FloatLanes em1 = r * r * p + r;
-  const IntLanes scale_bits = ((IntLanes)shifted + 127) << 23;
-  const FloatLanes scale = (FloatLanes)scale_bits;
-  return {{scale}, {em1 * scale}};
+// 1 / x for x >= 1. Where a division takes as long as ten multiplications (512-bit registers), an estimate good to 14
+// bits and a Newton step give the same to within one unit in the last place.
+VPFAST_INLINE F32 reciprocal(F32 x) {
+#if VPFAST_ISA_LEVEL == 2
+  const FloatLanes estimate = (FloatLanes)_mm512_rcp14_ps((__m512)x.v);
+  return {estimate + estimate * (1.0f - x.v * estimate)};
+#else
+  return {1.0f / x.v};
+#endif
 }
 
-VPFAST_INLINE F32 minus_magnitude(F32 x) { return {(FloatLanes)((IntLanes)x.v | (int32_t)0x80000000)}; }
+// The nearer of x and the ends of [least, most]; a NaN stays.
+VPFAST_INLINE F32 clamp(F32 x, float least, float most) {
+#if VPFAST_ISA_LEVEL == 2
+  return {(FloatLanes)_mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), (__m512)x.v))};
+#elif VPFAST_ISA_LEVEL == 1
+  return {(FloatLanes)_mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(least), (__m256)x.v))};
+#else
+  const FloatLanes above = x.v < least ? F32::broadcast(least).v : x.v;
+  return {above > most ? F32::broadcast(most).v : above};
+#endif
+}
+
+// v = -n ln 2 + s, for |v| <= 88.
+struct Reduced {
+  FloatLanes shifted, n, s;
+};
+
+VPFAST_INLINE Reduced reduce(F32 v) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest mantissa bits
+  const FloatLanes shifted = kRound - v.v * kLog2E;
+  const FloatLanes n = shifted - kRound;
+#if VPFAST_ISA_LEVEL > 0
+  const FloatLanes s = v.v + n * 0.693147182f;  // fused: the product is not rounded
+#else
+  const FloatLanes s = (v.v + n * 0.693359375f) - n * 2.12194440e-4f;  // the first product is exact
+#endif
+  return {shifted, n, s};
+}
+
+// x 2^n
+VPFAST_INLINE FloatLanes scaled(FloatLanes x, const Reduced& by) {
+#if VPFAST_ISA_LEVEL == 2
+  return (FloatLanes)_mm512_scalef_ps((__m512)x, (__m512)by.n);
+#else
+  const IntLanes bits = ((IntLanes)by.shifted + 127) << 23;
+  return x * (FloatLanes)bits;
+#endif
+}
+
+// Minimax fit of (e^-s - 1 + s) / s^2 on |s| <= ln 2 / 2; relative error of e^-s 3.1e-9.
+constexpr float kP0 = 0.49999994f, kP1 = -0.16666521f, kP2 = 0.041668389f, kP3 = -0.0083687454f, kP4 = 0.0013814541f;
+
+VPFAST_INLINE FloatLanes polynomial(FloatLanes s) { return (((kP4 * s + kP3) * s + kP2) * s + kP1) * s + kP0; }
+
+VPFAST_INLINE F32 magnitude(F32 x) { return {(FloatLanes)((IntLanes)x.v & (int32_t)0x7fffffff)}; }
 
 VPFAST_INLINE F32 with_sign_of(F32 x, F32 sign) {
   return {(FloatLanes)((IntLanes)x.v | ((IntLanes)sign.v & (int32_t)0x80000000))};
 }
 
-// y(x) = top / bottom and dy/dx = slope / bottom^2.
+// y(x) = top / bottom and dy/dx = slope / bottom^2. Bottoms multiply to less than the largest float.
 struct Ratio {
   F32 top, bottom, slope;
 };
 
 VPFAST_INLINE Ratio sigmoid(F32 x) {
-  const ExpParts parts = exp_parts(minus_magnitude(x));
-  const F32 e = parts.scale + parts.q;
-  const F32 one = F32::broadcast(1.0f);
-  return {{x.v < 0.0f ? e.v : one.v}, one + e, e};
+  const Reduced v = reduce(clamp(x, -88.0f, 88.0f));
+  const F32 e = {scaled((polynomial(v.s) * v.s - 1.0f) * v.s + 1.0f, v)};
+  return {F32::broadcast(1.0f), F32::broadcast(1.0f) + e, e};
 }
 
 VPFAST_INLINE Ratio tanh(F32 x) {
-  const F32 one = F32::broadcast(1.0f);
-  const ExpParts parts = exp_parts(2.0f * minus_magnitude(x));
-  const F32 em1 = (parts.scale - one) + parts.q;
-  const F32 e = parts.scale + parts.q;
-  return {with_sign_of(F32::broadcast(0.0f) - em1, x), one + e, 4.0f * e};
+  const Reduced v = reduce(clamp(2.0f * magnitude(x), 0.0f, 88.0f));
+  const F32 scale = {scaled(F32::broadcast(1.0f).v, v)};
+  const F32 q = F32{polynomial(v.s) * (v.s * v.s) - v.s} * scale;
+  const F32 em1 = q + (scale - F32::broadcast(1.0f));  // e^-2|x| - 1
+  return {with_sign_of(F32::broadcast(0.0f) - em1, x), F32::broadcast(2.0f) + em1, 4.0f * (scale + q)};
 }
 
-VPFAST_INLINE F32 value(Ratio a) { return a.top / a.bottom; }
-VPFAST_INLINE F32 product(Ratio a, Ratio b) { return (a.top * b.top) / (a.bottom * b.bottom); }
+VPFAST_INLINE F32 value(Ratio a) { return a.top * reciprocal(a.bottom); }
+VPFAST_INLINE F32 product(Ratio a, Ratio b) { return (a.top * b.top) * reciprocal(a.bottom * b.bottom); }
 
 struct ValueAndSlope {
   F32 value, slope;
 };
 
 VPFAST_INLINE ValueAndSlope value_and_slope(Ratio a) {
-  const F32 reciprocal = F32::broadcast(1.0f) / a.bottom;
-  return {a.top * reciprocal, a.slope * (reciprocal * reciprocal)};
+  const F32 r = reciprocal(a.bottom);
+  return {a.top * r, (a.slope * r) * r};
 }
 
 struct F64 {

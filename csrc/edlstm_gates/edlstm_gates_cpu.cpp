@@ -6,13 +6,12 @@
 //   channels_last:           B*S rows of length C
 // Rows may lie any distance apart, so a slice over the batch (one time step of a clip) and a batch-expanded state are
 // read where they are; any other layout is copied once. The flattened cell elements are cut into ranges, a thread each;
-// a thread walks its range a vector at a time. Nothing is exchanged between elements, so the result does not depend on
+// a thread walks its range in pieces of a row. Nothing is exchanged between elements, so the result does not depend on
 // the number of threads.
 //
-// Bytes: forward reads 5 and writes 2 elements a cell element (4 gates, c' -> h, c), backward 7 and 5 (4 gates, c', dh,
-// dc
-// -> 4 dgates, dc'). Nothing is saved but the inputs. About five exponentials and three divisions an element forward:
-// below the time that the bytes take on two AVX-512 cores.
+// Bytes an element of s: forward 7 s (4 gates and c' read, h and c written), backward 12 s (4 gates, c', dh, dc read,
+// 4 dgates and dc' written). Nothing is saved but the inputs. The five exponentials take longer than the bytes, on two
+// AVX-512 cores by half: what counts is how many instructions they are, and how well they overlap.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

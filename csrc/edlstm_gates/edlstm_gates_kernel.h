@@ -3,20 +3,24 @@
 #include "edlstm_gates/edlstm_gates_math.h"
 
 // Elements [begin, end) of the flattened cell state, which may start and stop anywhere within a row. Body is called
-// with (row, column, count): `count` elements, at most a vector, of one row.
-template <int lanes, class Body>
-VPFAST_INLINE void for_each_vector(int64_t begin, int64_t end, int64_t row_length, const Body& body) {
+// with (row, column, count): `count` elements, at most `step`, of one row.
+template <int step, class Body>
+VPFAST_INLINE void for_each_piece(int64_t begin, int64_t end, int64_t row_length, const Body& body) {
   int64_t row = begin / row_length, column = begin % row_length;
   while (begin < end) {
     const int64_t stop = column + (end - begin) < row_length ? column + (end - begin) : row_length;
     begin += stop - column;
-    for (; column < stop; column += lanes) {
-      body(row, column, stop - column < lanes ? static_cast<int>(stop - column) : lanes);
+    for (; column < stop; column += step) {
+      body(row, column, stop - column < step ? static_cast<int>(stop - column) : step);
     }
     ++row;
     column = 0;
   }
 }
+
+// h needs c, a chain of two exponentials and two divisions: too long for a processor to overlap with the next vector's.
+// So a piece of a row gets all its c first, which wait in the L1 cache, and then all its h.
+constexpr int kPiece = 256;
 
 template <class TG, class TC>
 struct ForwardBody {
@@ -26,14 +30,22 @@ struct ForwardBody {
     using V = typename Lanes<TG>::type;
     const TG* gates = static_cast<const TG*>(p.gates) + row * p.gates_stride + column;
     const TC* c_prev = static_cast<const TC*>(p.c_prev) + row * p.c_prev_stride + column;
-    const int64_t out = row * p.row_length + column;
+    TG* h = static_cast<TG*>(p.h) + row * p.row_length + column;
+    TC* c = static_cast<TC*>(p.c) + row * p.row_length + column;
 
-    const Gates<V> x = {Lanes<TG>::load(gates + p.offset_f, count), Lanes<TG>::load(gates + p.offset_i, count),
-                        Lanes<TG>::load(gates + p.offset_o, count), Lanes<TG>::load(gates + p.offset_g, count)};
-    V h, c;
-    cell_forward(x, Lanes<TC>::load(c_prev, count), h, c);
-    Lanes<TG>::store(static_cast<TG*>(p.h) + out, h, count);
-    Lanes<TC>::store(static_cast<TC*>(p.c) + out, c, count);
+    V cell[kPiece / V::lanes];
+    for (int k = 0; k < count; k += V::lanes) {
+      const int part = count - k < V::lanes ? count - k : V::lanes;
+      const V state =
+          cell_state(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
+                     Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
+      cell[k / V::lanes] = state;
+      Lanes<TC>::store(c + k, state, part);
+    }
+    for (int k = 0; k < count; k += V::lanes) {
+      const int part = count - k < V::lanes ? count - k : V::lanes;
+      Lanes<TG>::store(h + k, hidden_state(Lanes<TG>::load(gates + p.offset_o + k, part), cell[k / V::lanes]), part);
+    }
   }
 };
 
@@ -50,27 +62,33 @@ struct BackwardBody {
     TG* grad_gates = static_cast<TG*>(p.grad_gates) + row * 4 * p.row_length + column;
     TC* grad_c_prev = static_cast<TC*>(p.grad_c_prev) + row * p.row_length + column;
 
-    const Gates<V> x = {Lanes<TG>::load(gates + p.offset_f, count), Lanes<TG>::load(gates + p.offset_i, count),
-                        Lanes<TG>::load(gates + p.offset_o, count), Lanes<TG>::load(gates + p.offset_g, count)};
-    const V dh = p.grad_h ? Lanes<TG>::load(grad_h, count) : V::broadcast(0);
-    const V dc = p.grad_c ? Lanes<TC>::load(grad_c, count) : V::broadcast(0);
-    Gates<V> dx;
-    V dc_prev;
-    cell_backward(x, Lanes<TC>::load(c_prev, count), dh, dc, dx, dc_prev);
-    Lanes<TG>::store(grad_gates + p.offset_f, dx.f, count);
-    Lanes<TG>::store(grad_gates + p.offset_i, dx.i, count);
-    Lanes<TG>::store(grad_gates + p.offset_o, dx.o, count);
-    Lanes<TG>::store(grad_gates + p.offset_g, dx.g, count);
-    Lanes<TC>::store(grad_c_prev, dc_prev, count);
+    Recomputed<V> recomputed[kPiece / V::lanes];
+    for (int k = 0; k < count; k += V::lanes) {
+      const int part = count - k < V::lanes ? count - k : V::lanes;
+      recomputed[k / V::lanes] =
+          recompute(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
+                    Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
+    }
+    for (int k = 0; k < count; k += V::lanes) {
+      const int part = count - k < V::lanes ? count - k : V::lanes;
+      const V dh = p.grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
+      const V dc = p.grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
+      const Gradients<V> d = gradients(recomputed[k / V::lanes], Lanes<TG>::load(gates + p.offset_o + k, part), dh, dc);
+      Lanes<TG>::store(grad_gates + p.offset_f + k, d.f, part);
+      Lanes<TG>::store(grad_gates + p.offset_i + k, d.i, part);
+      Lanes<TG>::store(grad_gates + p.offset_o + k, d.o, part);
+      Lanes<TG>::store(grad_gates + p.offset_g + k, d.g, part);
+      Lanes<TC>::store(grad_c_prev + k, d.c_prev, part);
+    }
   }
 };
 
 template <class TG, class TC>
 void forward(const Problem& p, int64_t begin, int64_t end) {
-  for_each_vector<Lanes<TG>::type::lanes>(begin, end, p.row_length, ForwardBody<TG, TC>{p});
+  for_each_piece<kPiece>(begin, end, p.row_length, ForwardBody<TG, TC>{p});
 }
 
 template <class TG, class TC>
 void backward(const Problem& p, int64_t begin, int64_t end) {
-  for_each_vector<Lanes<TG>::type::lanes>(begin, end, p.row_length, BackwardBody<TG, TC>{p});
+  for_each_piece<kPiece>(begin, end, p.row_length, BackwardBody<TG, TC>{p});
 }

@@ -1,33 +1,46 @@
 // The arithmetic of one LSTM cell, on whatever a "number" is: a SIMD register on the CPU, a float on a GPU.
 //
 // Included where `sigmoid`, `tanh`, `value`, `product` and `value_and_slope` exist for that number type V, once for
-// each (hence no include guard). The two functions below are the only place where the formulas are written in C++.
+// each (hence no include guard). The functions below are the only place where the formulas are written in C++.
 //
 //   c = sigmoid(f) c' + sigmoid(i) tanh(g)        h = sigmoid(o) tanh(c)            (MSPN paper, Eq. 2-3)
 
-// The four gates before activation.
+//
+// Both directions go in two steps with the new cell state between them: see kPiece in edlstm_gates_kernel.h.
+
 template <class V>
-struct Gates {
-  V f, i, o, g;
+VPFAST_INLINE V cell_state(V f, V i, V g, V c_prev) {
+  return value(sigmoid(f)) * c_prev + product(sigmoid(i), tanh(g));
+}
+
+template <class V>
+VPFAST_INLINE V hidden_state(V o, V c) {
+  return product(sigmoid(o), tanh(c));
+}
+
+// What backward recomputes first: activated gates with their derivatives, and the cell state that they give.
+template <class V>
+struct Recomputed {
+  decltype(value_and_slope(tanh(V{}))) f, i, g;
+  V c_prev, c;
 };
 
 template <class V>
-VPFAST_INLINE void cell_forward(const Gates<V>& x, V c_prev, V& h, V& c) {
-  c = value(sigmoid(x.f)) * c_prev + product(sigmoid(x.i), tanh(x.g));
-  h = product(sigmoid(x.o), tanh(c));
+VPFAST_INLINE Recomputed<V> recompute(V f, V i, V g, V c_prev) {
+  const auto fs = value_and_slope(sigmoid(f)), is = value_and_slope(sigmoid(i)), gs = value_and_slope(tanh(g));
+  return {fs, is, gs, c_prev, fs.value * c_prev + is.value * gs.value};
 }
 
-// `dx` are the gradients of the gates before activation. h and c are recomputed from the inputs.
+// Gradients of the four gates before activation and of the cell state before.
 template <class V>
-VPFAST_INLINE void cell_backward(const Gates<V>& x, V c_prev, V dh, V dc, Gates<V>& dx, V& dc_prev) {
-  const auto f = value_and_slope(sigmoid(x.f)), i = value_and_slope(sigmoid(x.i)), o = value_and_slope(sigmoid(x.o));
-  const auto g = value_and_slope(tanh(x.g));
-  const auto tanh_c = value_and_slope(tanh(f.value * c_prev + i.value * g.value));
+struct Gradients {
+  V f, i, o, g, c_prev;
+};
 
-  const V d_cell = dh * o.value * tanh_c.slope + dc;
-  dx.f = d_cell * c_prev * f.slope;
-  dx.i = d_cell * g.value * i.slope;
-  dx.o = dh * tanh_c.value * o.slope;
-  dx.g = d_cell * i.value * g.slope;
-  dc_prev = d_cell * f.value;
+template <class V>
+VPFAST_INLINE Gradients<V> gradients(const Recomputed<V>& x, V o, V dh, V dc) {
+  const auto os = value_and_slope(sigmoid(o)), tanh_c = value_and_slope(tanh(x.c));
+  const V d_cell = dh * os.value * tanh_c.slope + dc;
+  return {d_cell * x.c_prev * x.f.slope, d_cell * x.g.value * x.i.slope, dh * tanh_c.value * os.slope,
+          d_cell * x.i.value * x.g.slope, d_cell * x.f.value};
 }
