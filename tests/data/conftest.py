@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 
-def pattern(frames, height, width):
+def _pattern(frames, height, width):
     """uint8 (T, H, W, 3): a colourful gradient in which a bright square moves; survives lossy coding well."""
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([255 * x // width, 255 * y // height, np.full_like(x, 80)], axis=2).astype(np.uint8)
@@ -17,12 +17,18 @@ def pattern(frames, height, width):
 
 
 @pytest.fixture
+def pattern():
+    """Makes clips: ``pattern(frames, height, width)``."""
+    return _pattern
+
+
+@pytest.fixture
 def make_video(tmp_path):
     """Writes a video and returns its path; ``pts`` gives each frame's time in hundredths of a second."""
     import av
 
     def write(name="clip.mp4", clip=None, codec="libx264", pix_fmt="yuv420p", pts=None, **options):
-        clip = pattern(12, 32, 48) if clip is None else clip
+        clip = _pattern(12, 32, 48) if clip is None else clip
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:

@@ -4,6 +4,7 @@ import gzip
 import multiprocessing
 import pickle
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +180,12 @@ def test_missing_sources(tmp_path, idx_folder):
     write_idx(tmp_path / "few", np.ones((1, 28, 28), np.uint8))
     with pytest.raises(DataError, match="too few digit images"):
         MovingDigits(tmp_path / "few")
+
+
+def test_scikit_learn_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'vpfast\[demo\]'"):
+        MovingDigits()
 
 
 def test_index_out_of_range():

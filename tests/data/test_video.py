@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import sys
 import wave
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import pattern
 from vpfast.data import VideoError, read_video
 from vpfast.data.resize import resize, to_grey
 
@@ -33,17 +33,17 @@ def off(frames, clip):
         ("a.webm", "libvpx-vp9", "yuv420p"),
     ],
 )
-def test_formats(make_video, name, codec, pix_fmt):
+def test_formats(make_video, name, codec, pix_fmt, pattern):
     clip = pattern(12, 32, 48)
     assert off(read_video(make_video(name, clip, codec, pix_fmt)), clip) < (0.01 if codec == "ffv1" else 6)
 
 
-def test_odd_sizes_are_kept(make_video):
+def test_odd_sizes_are_kept(make_video, pattern):
     clip = pattern(3, 33, 47)
     assert off(read_video(make_video("odd.mkv", clip, "ffv1", "bgr0")), clip) < 0.01
 
 
-def test_gif(tmp_path):
+def test_gif(tmp_path, pattern):
     from PIL import Image
 
     clip = np.repeat(pattern(9, 20, 30)[..., :1], 3, axis=3)
@@ -52,7 +52,7 @@ def test_gif(tmp_path):
     assert off(read_video(tmp_path / "a.gif"), clip) < 2
 
 
-def test_a_variable_frame_rate_is_not_evened_out(make_video):
+def test_a_variable_frame_rate_is_not_evened_out(make_video, pattern):
     clip = pattern(6, 32, 32)
     assert off(read_video(make_video("vfr.mkv", clip, "ffv1", "bgr0", pts=[0, 1, 2, 90, 91, 300])), clip) < 0.01
 
@@ -87,7 +87,7 @@ def test_arguments_out_of_range(make_video, options, words):
         read_video(make_video(), **options)
 
 
-def test_grey_is_luma_and_leaves_grey_alone(make_video):
+def test_grey_is_luma_and_leaves_grey_alone(make_video, pattern):
     clip = pattern(3, 32, 48)
     path = make_video("c.mkv", clip, "ffv1", "bgr0")
     luma = clip @ np.array([0.299, 0.587, 0.114])
@@ -131,7 +131,7 @@ def test_rotation_that_the_file_asks_for(make_video, angle, turns):
     assert torch.equal(read_video(path), torch.rot90(plain, turns, dims=(2, 3)))
 
 
-def test_frame_folder_in_natural_order(make_frames):
+def test_frame_folder_in_natural_order(make_frames, pattern):
     clip = pattern(12, 20, 30)
     folder = make_frames(clip)  # frame1.png ... frame12.png
     (folder / "notes.txt").write_text("not a frame")
@@ -141,7 +141,7 @@ def test_frame_folder_in_natural_order(make_frames):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "bmp", "ppm", "webp", "tiff"])
-def test_kinds_of_images(make_frames, ending):
+def test_kinds_of_images(make_frames, ending, pattern):
     clip = pattern(2, 24, 32)
     assert off(read_video(make_frames(clip, names="f{}." + ending)), clip) < 6
 
@@ -157,7 +157,7 @@ def test_images_of_other_depths_and_palettes(tmp_path):
     assert all(np.array_equal(frame[0].numpy(), ramp) for frame in read_video(tmp_path))
 
 
-def test_folders_that_cannot_be_used(tmp_path, make_frames):
+def test_folders_that_cannot_be_used(tmp_path, make_frames, pattern):
     with pytest.raises(VideoError, match="folder without images"):
         read_video(tmp_path)
     folder = make_frames(pattern(3, 20, 30))
@@ -209,6 +209,15 @@ def test_no_permission(make_video, tmp_path):
             os.seteuid(0)
 
 
+@pytest.mark.parametrize(("missing", "name"), [("av", "clip.mp4"), ("PIL", "frames")])
+def test_a_missing_package_is_named(make_video, make_frames, pattern, monkeypatch, missing, name):
+    folder = make_frames(pattern(2, 8, 8)).parent
+    make_video()
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"pip install 'vpfast\[cli\]'"):
+        read_video(folder / name)
+
+
 def test_sound_without_picture(tmp_path):
     import av
 
@@ -225,14 +234,14 @@ def test_sound_without_picture(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4")])
-def test_truncated_files(make_video, name, codec):
+def test_truncated_files(make_video, name, codec, pattern):
     path = make_video(name, pattern(40, 64, 96), codec)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=name):
         read_video(path)
 
 
-def test_a_file_cut_between_two_frames_is_read_with_a_warning(make_video):
+def test_a_file_cut_between_two_frames_is_read_with_a_warning(make_video, pattern):
     path = make_video("a.avi", pattern(40, 64, 96), "mpeg4", pts=range(40))
     content = path.read_bytes()
     frames = [at for at in range(len(content) - 4) if content[at : at + 4] == b"00dc"]
@@ -241,7 +250,7 @@ def test_a_file_cut_between_two_frames_is_read_with_a_warning(make_video):
         assert len(read_video(path)) in (19, 20)
 
 
-def test_damage_in_the_middle_is_not_passed_on(make_video):
+def test_damage_in_the_middle_is_not_passed_on(make_video, pattern):
     path = make_video("a.avi", pattern(40, 64, 96), "mpeg4")
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -251,6 +260,7 @@ def test_damage_in_the_middle_is_not_passed_on(make_video):
         read_video(path)
 
 
+@pytest.mark.filterwarnings("ignore:.*was it cut off")
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bytes_flipped_anywhere_give_frames_or_a_video_error(make_video, data):

@@ -1,5 +1,6 @@
 """Windows out of folders of videos: which, in what order, from a cache that never lies."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tests.data.conftest import pattern
 from vpfast.data import VideoError, VideoFolder, read_video, video_folder
 from vpfast.data._files import natural_key
 
 
 @pytest.fixture
-def folder(make_video, make_frames, tmp_path):
+def folder(make_video, make_frames, tmp_path, pattern):
     """clips/run2.avi (12 frames), clips/run10.mp4 (30) and clips/walk/ (7 images), all 32x48."""
     make_video("clips/run10.mp4", pattern(30, 32, 48))
     make_video("clips/run2.avi", pattern(12, 32, 48), "mpeg4")
@@ -66,7 +66,7 @@ def test_every_window_fits_and_none_is_missing(tmp_path_factory, frames, length,
     video_folder.find_videos = lambda *_: list(range(len(videos)))
     video_folder._decoded = lambda number, *_: videos[number]
     try:
-        with pytest.warns(UserWarning, match="left out") if min(frames) < length else _nothing():
+        with pytest.warns(UserWarning, match="left out") if min(frames) < length else contextlib.nullcontext():
             data = VideoFolder(root, length=length, step=step)
     finally:
         video_folder.find_videos, video_folder._decoded = original
@@ -75,12 +75,6 @@ def test_every_window_fits_and_none_is_missing(tmp_path_factory, frames, length,
     for index, (number, start) in enumerate(expected):
         assert data.locate(index) == (videos[number], start)
         assert (data[index].flatten() * 255).round().tolist() == list(range(start, start + length))
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_include_and_exclude(folder, cache):
@@ -113,7 +107,7 @@ def test_short_videos_are_left_out_with_a_warning(folder, cache):
         VideoFolder(folder, length=31, cache=cache)
 
 
-def test_mixed_sizes_need_a_size(folder, cache, make_video):
+def test_mixed_sizes_need_a_size(folder, cache, make_video, pattern):
     make_video("clips/z.avi", pattern(12, 16, 48), "mpeg4")
     with pytest.raises(VideoError, match=r"walk|z.avi: 16x48 .* is 32x48; give a size"):
         VideoFolder(folder, length=5, cache=cache)
@@ -149,7 +143,7 @@ def _refuse(*args):
     raise AssertionError("decoded again")
 
 
-def test_an_altered_video_and_a_damaged_cache_are_decoded_again(folder, cache, make_video):
+def test_an_altered_video_and_a_damaged_cache_are_decoded_again(folder, cache, make_video, pattern):
     before = VideoFolder(folder, length=5, cache=cache, include=["run2*"])
     array = before.videos[0].array
     array.write_bytes(array.read_bytes()[:500])

@@ -1,6 +1,7 @@
 """Pictures are read back: right size, right content, whole or not there."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -219,8 +220,6 @@ def test_strip_shows_too_bright_in_red_and_too_dark_in_blue(tmp_path):
 
 
 def test_strip_is_the_same_file_twice_and_leaves_pyplot_alone(tmp_path):
-    import sys
-
     before = "matplotlib.pyplot" in sys.modules
     for name in ("a.png", "b.png"):
         write_strip(tmp_path / name, {"truth": moving(), "prediction": moving() * 0.5}, context=2)
@@ -244,6 +243,22 @@ def test_columns_left_out_evenly_but_never_the_edges(steps, context, most):
     for part in ([c for c in columns if c < context], [c for c in columns if c >= context]):
         gaps = np.diff(part)
         assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "make"),
+    [
+        ("av", lambda folder: write_gif(folder / "a.gif", moving())),
+        ("av", lambda folder: write_mp4(folder / "a.mp4", moving())),
+        ("PIL", lambda folder: write_gif(folder / "a.gif", torch.rand(1, 3, 20, 20))),
+        ("PIL", lambda folder: side_by_side({"a": moving()})),
+        ("matplotlib.figure", lambda folder: write_strip(folder / "a.png", {"a": moving()})),
+    ],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, missing, make):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"pip install 'vpfast\[cli\]'"):
+        make(tmp_path)
 
 
 def test_real_clip(shared, tmp_path):
