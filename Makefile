@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/installed-demo
-	$(BIN)/python examples/demo.py --out demo
+	$(BIN)/python -m vpfast.cli.demo --out demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
@@ -43,6 +43,6 @@ $(VENV)/torch:
 
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
 	@$(BIN)/python -c "from vpfast.ops._native import build_record as r; print('vpfast built:', r()['built'], '-', r()['reason'])"
 	touch $@

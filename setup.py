@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("auto", "cpu", "cuda", "none")
@@ -242,9 +242,9 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["vpfast", "vpfast.*"]), "vpfast.kernels"],
+        packages=[*find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*"]), "vpfast.kernels"],
         package_dir={"vpfast.kernels": "kernels"},
-        package_data={"": ["README.md"], "vpfast": ["py.typed", "configs/**/*.yaml"]},
+        package_data={"": ["README.md"], "vpfast": ["py.typed"], "vpfast.configs": ["**/*.yaml"]},
         ext_modules=[Extension("vpfast._C", sources=[])],
         cmdclass={"build_ext": BuildNative},
     )

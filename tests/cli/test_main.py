@@ -53,7 +53,7 @@ def test_a_missing_extra_is_named(command, package, extra, tmp_path, weights):
 
 
 def test_doctor_and_help_need_no_extra():
-    blocked = ["av", "imageio", "matplotlib", "tqdm", "jsonargparse", "yaml", "accelerate", "sklearn", "PIL"]
+    blocked = ["av", "matplotlib", "tqdm", "jsonargparse", "yaml", "accelerate", "sklearn", "PIL"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
         "from vpfast.cli import main; sys.exit(main(['--help']) + main(['doctor']))"

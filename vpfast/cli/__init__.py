@@ -19,7 +19,6 @@ COMMANDS = {
 # The import name of a package that may be missing, and the extra that brings it.
 EXTRAS = {
     "av": "cli",
-    "imageio": "cli",
     "matplotlib": "cli",
     "PIL": "cli",
     "tqdm": "cli",

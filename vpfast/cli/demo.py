@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,14 +43,14 @@ TEST_CLIPS, SHOWN_CLIP = 200, 0
 
 NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_channels": 16}
 # Short clips first: they teach how digits move. Then the whole way, each prediction made from the one before.
-STAGES = (Stage(4, 2, steps=600), Stage(5, 5, steps=150), Stage(CONTEXT, HORIZON, steps=150))
+STAGES = (Stage(4, 2, steps=150), Stage(5, 5, steps=250), Stage(5, 10, steps=450))
 
 
 def main() -> None:
     """Train, evaluate, draw, time; writes the folder ``--out`` and prints the tables."""
     options = _options()
     started = time.perf_counter()
-    data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, clips=100_000)
+    data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, speed=0.05, supersample=4, clips=100_000)
     with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, replace=True) as folder:
         weights = _train(data, Path(scratch), options.scale)
         model, _ = checkpoint.read_weights(weights)
@@ -83,12 +83,13 @@ def _train(data: DataConfig, scratch: Path, scale: float) -> Path:
     for number, stage in enumerate(STAGES, 1):
         steps = max(1, round(stage.steps * scale))
         print(f"training, part {number} of {len(STAGES)}: {stage.horizon} frames from {stage.context}")
+        schedule: Literal["constant", "cosine"] = "cosine" if number == len(STAGES) else "constant"
         config = TrainConfig(
             out=str(scratch / f"part{number}"),
             init=None if weights is None else str(weights),
             model=NETWORK,
             data=data,
-            optim=OptimConfig(lr=3e-3 / number, schedule="cosine", warmup=min(20, steps), clip_norm=1000.0),
+            optim=OptimConfig(lr=2e-3, schedule=schedule, warmup=min(10, steps), clip_norm=500.0),
             context=stage.context,
             horizon=stage.horizon,
             steps=steps,
