@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -406,6 +409,15 @@ def test_backend_is_restored_and_checked():
     assert vpfast.current_backend() == "auto"
     with pytest.raises(ValueError, match="'fast' is unknown"):
         vpfast.backend("fast")
+
+
+def test_backend_of_the_environment():
+    code = "import vpfast; print(vpfast.current_backend())"
+    for name, wanted in (("reference", "reference\n"), ("fast", "")):
+        environment = {**os.environ, "VPFAST_BACKEND": name}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout == wanted
+    assert "VPFAST_BACKEND 'fast' is unknown" in done.stderr
 
 
 def test_reference_backend_is_twice_differentiable():

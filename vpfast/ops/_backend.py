@@ -1,5 +1,6 @@
 """Which implementation serves an operator: the choice, and the reasons when there is none."""
 
+import os
 import types
 from typing import Literal, get_args
 
@@ -10,7 +11,14 @@ from vpfast.ops import _native
 Name = Literal["auto", "native", "triton", "reference"]
 NAMES: tuple[str, ...] = get_args(Name)
 
-_chosen: str = "auto"
+
+def _checked(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where} {name!r} is unknown; choose one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+_chosen: str = _checked(os.environ.get("VPFAST_BACKEND", "auto"), "VPFAST_BACKEND")
 
 
 class backend:
@@ -22,6 +30,7 @@ class backend:
     ``"auto"`` (the default) takes the compiled kernel, then Triton on a GPU; on the CPU it ends at the plain PyTorch
     reference, on a GPU at an error, never at a silently slow path. ``"native"``, ``"triton"`` and ``"reference"``
     insist on one. The choice is read when an operator is called, or traced by ``torch.compile`` and ``torch.export``.
+    It belongs to the process, not to a thread. The environment's ``VPFAST_BACKEND`` is what a process begins with.
 
     Raises:
         ValueError: the name is none of these four.
@@ -29,10 +38,7 @@ class backend:
 
     def __init__(self, name: Name) -> None:
         global _chosen
-        if name not in NAMES:
-            raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(map(repr, NAMES))}")
-        self._previous = _chosen
-        _chosen = name
+        self._previous, _chosen = _chosen, _checked(name, "backend")
 
     def __enter__(self) -> "backend":
         return self
@@ -100,8 +106,8 @@ class Backends:
         reasons = "; ".join(f"{name}: {self.refusal(name, device)}" for name in asked)
         raise RuntimeError(
             f"vpfast.{self.op} has no backend for this {device} tensor under vpfast.backend({_chosen!r}). {reasons}. "
-            'vpfast.backend("reference") runs the plain PyTorch version on any device; `vpfast doctor` shows what is '
-            "installed."
+            'vpfast.backend("reference"), or VPFAST_BACKEND=reference in the environment, runs the plain PyTorch '
+            "version on any device; `vpfast doctor` shows what is installed."
         )
 
 
