@@ -133,6 +133,24 @@ def test_error_is_at_most_twice_that_of_the_reference(isa, poisoned, shape, gate
 
 
 @native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_results_too_large_for_the_caches(isa, poisoned, dtype, layout):
+    """They are written another way: past the caches, wherever a whole vector is aligned."""
+    gates, c_prev = inputs((2, 132, 200, 161), dtype)
+    if layout == "channels_last":
+        gates, c_prev = channels_last(gates), channels_last(c_prev)
+    assert 2 * c_prev.numel() * c_prev.element_size() > 8 << 20
+    limits = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    for found, want in zip(
+        forward_and_backward(OPERATOR, gates, c_prev, c_prev, c_prev, "fiog"),
+        forward_and_backward(REFERENCE, gates, c_prev, c_prev, c_prev, "fiog"),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, want, **limits)
+
+
+@native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_and_large_arguments_keep_relative_accuracy(isa, dtype):
     """tanh near 0, both tails of sigmoid, and beyond: elementwise, where a norm would hide the small ones."""
