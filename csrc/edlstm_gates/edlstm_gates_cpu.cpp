@@ -119,7 +119,7 @@ Problem plan(const Tensor& gates, const Tensor& c_prev, const std::string& order
 }
 
 // Results past this size would push each other out of the caches before anyone reads them.
-constexpr int64_t kStreamedBytes = 8 << 20;
+constexpr int64_t kStreamedBytes = 32 << 20;
 
 // Small problems stay on one thread: waking another costs about as much as 16 thousand elements.
 constexpr int64_t kGrain = 16384;

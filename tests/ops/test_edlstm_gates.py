@@ -133,14 +133,13 @@ def test_error_is_at_most_twice_that_of_the_reference(isa, poisoned, shape, gate
 
 
 @native
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")])
 def test_results_too_large_for_the_caches(isa, poisoned, dtype, layout):
     """They are written another way: past the caches, wherever a whole vector is aligned."""
-    gates, c_prev = inputs((2, 132, 200, 161), dtype)
+    gates, c_prev = inputs((1, 148, 400, 321), dtype)
     if layout == "channels_last":
         gates, c_prev = channels_last(gates), channels_last(c_prev)
-    assert 2 * c_prev.numel() * c_prev.element_size() > 8 << 20
+    assert gates.numel() * gates.element_size() > 32 << 20
     given = (gates, c_prev, c_prev, c_prev)
     found = forward_and_backward(OPERATOR, *given, "fiog")
     same_precision = forward_and_backward(REFERENCE, *given, "fiog")
