@@ -137,6 +137,15 @@ def test_other_types_and_layouts(dtype):
     assert report(flipped, target).mean == pytest.approx(report(prediction.double(), target.double()).mean, rel=1e-12)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_batch_changes_nothing(first):
+    prediction, target = clips()
+    metrics = VideoMetrics()
+    for split in (target[:0], target) if first else (target, target[:0]):
+        metrics.update(prediction[: len(split)], split)
+    assert metrics.compute() == report(prediction, target)
+
+
 def test_the_report_reads_well():
     result = report(*clips())
     assert json.loads(json.dumps(result.to_dict()))["mean"] == result.mean
@@ -165,6 +174,11 @@ def test_refusals():
         metrics.update(prediction, (target * 255).byte())
     with pytest.raises(ValueError, match=r"target must be in \[0, 1\], found .* to 25"):
         metrics.update(prediction, target * 255)
+    for other_scale in (prediction * 255, prediction * -255):
+        with pytest.raises(
+            ValueError, match=r"prediction must be on the scale .* found -?\d+.* divide 8-bit frames by 255"
+        ):
+            metrics.update(other_scale, target)
     for bad in (math.nan, math.inf):
         broken = prediction.clone()
         broken[2, 1, 0, 3, 3] = bad

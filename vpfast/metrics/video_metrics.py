@@ -16,6 +16,8 @@ pixel of a 128x128 RGB frame that is off by one 8-bit step is at 95 dB."""
 
 _PIXELS_AT_ONCE = 1 << 21  # bounds the float64 working memory, about 20 times this many numbers
 
+_FAR_OUT = 10.0  # a network that aims at [0, 1] may miss it by a little, 8-bit frames miss it by hundreds
+
 _HEADINGS = {
     "mse": "MSE ↓",
     "mae": "MAE ↓",
@@ -110,14 +112,17 @@ class VideoMetrics:
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Take in a batch: two float (B, T, C, H, W), the target in [0, 1]; (T, C, H, W) the same in every call.
 
+        An empty batch is taken and changes nothing.
+
         Raises:
             TypeError: not floating point.
             ValueError: shapes that differ or change, frames under 11x11, NaN or infinity (a prediction that diverged
-                has no meaningful mean), a target that is not in [0, 1].
+                has no meaningful mean), a target that is not in [0, 1], a prediction on another scale: beyond
+                [-10, 10], where clipping would hide it.
         """
         self._check(prediction, target)
         steps = target.shape[1]
-        chunk = max(1, _PIXELS_AT_ONCE // max(1, target[0, 0].numel()))
+        chunk = max(1, _PIXELS_AT_ONCE // math.prod(target.shape[2:]))
         frames, real = prediction.flatten(0, 1), target.to(prediction.device).flatten(0, 1)
         parts = [
             self._evaluate(_double(frames[i : i + chunk]), _double(real[i : i + chunk]))
@@ -163,6 +168,11 @@ class VideoMetrics:
             raise ValueError(
                 f"the target must be in [0, 1], found {target.min().item():.4g} to {target.max().item():.4g}; "
                 "divide 8-bit frames by 255"
+            )
+        if prediction.numel() and prediction.abs().max() > _FAR_OUT:
+            raise ValueError(
+                f"the prediction must be on the scale of [0, 1], found {prediction.min().item():.4g} to "
+                f"{prediction.max().item():.4g}; divide 8-bit frames by 255 (or has the model diverged?)"
             )
 
 
