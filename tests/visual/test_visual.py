@@ -118,12 +118,25 @@ WRITERS = {
         (torch.zeros(3, 8, 8), ValueError, r"\(T, C, H, W\)"),
         (torch.full((1, 1, 8, 8), torch.nan), ValueError, "NaN"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.int64), TypeError, "int64"),
+        (moving() * 255, ValueError, r"found 63\.75 to 229\.5; divide by 255"),
+        (moving() * -255, ValueError, r"found -229\.5 to -63\.75; divide by 255"),
     ],
 )
 def test_frames_that_cannot_be_shown(tmp_path, name, clip, kind, words):
     with pytest.raises(kind, match=words):
         WRITERS[name](tmp_path / name, clip)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_little_beyond_white_and_black_is_clipped(tmp_path, name):
+    clip = moving()
+    clip[:, :, 14:17], clip[:, :, 17:] = 1, 0
+    WRITERS[name](tmp_path / name, clip)
+    plain = (tmp_path / name).read_bytes()
+    clip[:, :, 14:17], clip[:, :, 17:] = 1.6, -0.4
+    WRITERS[name](tmp_path / name, clip)
+    assert (tmp_path / name).read_bytes() == plain
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -14,13 +14,15 @@ from torch import Tensor
 Pixels = NDArray[np.uint8]
 """uint8 (T, H, W, 3)."""
 
+_FAR_OUT = 10.0  # a network that aims at [0, 1] may miss it by a little, 8-bit frames miss it by hundreds
+
 
 def to_pixels(frames: Tensor, name: str = "frames") -> Pixels:
-    """(T, C, H, W), float in [0, 1] (clipped to it) or uint8, RGB or grey -> uint8 (T, H, W, 3).
+    """(T, C, H, W), float in [0, 1] (a little outside is clipped) or uint8, RGB or grey -> uint8 (T, H, W, 3).
 
     Raises:
         TypeError: another type.
-        ValueError: another shape, no frame, NaN.
+        ValueError: another shape, no frame, NaN, floats on another scale (beyond [-10, 10]).
     """
     if frames.dim() != 4 or frames.shape[1] not in (1, 3) or 0 in frames.shape:
         raise ValueError(f"{name} must be (T, C, H, W) with C = 1 or 3 and none of them 0, got {tuple(frames.shape)}")
@@ -28,7 +30,14 @@ def to_pixels(frames: Tensor, name: str = "frames") -> Pixels:
     if frames.is_floating_point():
         if frames.isnan().any():
             raise ValueError(f"{name} holds NaN, which has no colour")
-        frames = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        frames = frames.float()
+        low, high = (bound.item() for bound in frames.aminmax())
+        if max(-low, high) > _FAR_OUT:
+            raise ValueError(
+                f"{name} must be in [0, 1] where they are floating point, found {low:.4g} to {high:.4g}; "
+                "divide by 255 what counts 8-bit steps"
+            )
+        frames = (frames.clamp(0, 1) * 255).round().to(torch.uint8)
     if frames.dtype != torch.uint8:
         raise TypeError(f"{name} must be floating point in [0, 1] or uint8, got {frames.dtype}")
     pixels: Pixels = np.ascontiguousarray(frames.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
@@ -54,7 +63,7 @@ def check_rows(rows: Mapping[str, Tensor], context: int) -> tuple[dict[str, Pixe
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def temporary_for(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Path of a temporary sibling; it takes the place of ``path`` in one step when the block ends well."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpfast.visual._frames import Pixels, check_rows, replacing
+from vpfast.visual._frames import Pixels, check_rows, temporary_for
 
 _CELL, _GAP = 0.92, 0.05  # inches: the side of a square frame (others get its area), and the space between two
 _RIGHT, _BOTTOM = 0.62, 0.14
@@ -93,7 +93,7 @@ def write_strip(
         bar.ax.set_yticklabels([f"−{limit:.2g}", "0", f"+{limit:.2g}"])
         bar.ax.tick_params(labelsize=7, length=0, pad=2, labelcolor=_GIVEN)
         bar.outline.set_visible(False)
-    with replacing(path) as temporary:
+    with temporary_for(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

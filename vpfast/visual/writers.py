@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpfast.visual._frames import Pixels, replacing, to_pixels
+from vpfast.visual._frames import Pixels, temporary_for, to_pixels
 
 _GIF_CLOCK = 100  # GIF counts hundredths of a second; viewers take less than two of them for ten
 _CHUNK = 1 << 14
@@ -36,7 +36,7 @@ def write_gif(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
     av = _import_av()
     indices, palette = _palettize(to_pixels(frames))
     options = {"loop": "0", "final_delay": str(round(_GIF_CLOCK / fps))}
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
+    with temporary_for(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
         stream = container.add_stream("gif", rate=_GIF_CLOCK)
         stream.height, stream.width = indices.shape[1:]
         stream.pix_fmt = "pal8"
@@ -70,7 +70,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
     h264 = "libx264" in av.codecs_available
     options = {"crf": "18", "preset": "medium"} if h264 else {"qscale": "2"}
     with (
-        replacing(path) as temporary,
+        temporary_for(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         rate = Fraction(fps).limit_denominator(1001)
