@@ -169,7 +169,12 @@ def find_torch() -> str:
 
 def extension(decision: Decision) -> Extension:
     """The extension module vpfast._C for this decision; torch must be importable."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        refuse(
+            "without build isolation it needs pybind11 and ninja: pip install 'pybind11>=2.13' ninja 'setuptools>=77'"
+        )
     from torch.utils import cpp_extension
 
     sources = ["csrc/module.cpp", "csrc/common/isa.cpp", *sorted(glob.glob("csrc/*/*_cpu.cpp"))]
@@ -221,14 +226,16 @@ class BuildNative(build_ext):
             flush=True,
         )
         if decision.built != "none":
-            self._compile(extension(decision))
+            self._compile(decision)
         folder = Path("vpfast") if self.inplace else Path(self.build_lib) / "vpfast"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build.json").write_text(json.dumps(asdict(decision), indent=2) + "\n")
 
-    def _compile(self, module: Extension) -> None:
+    def _compile(self, decision: Decision) -> None:
         from torch.utils.cpp_extension import BuildExtension
 
+        module = extension(decision)
+        os.environ["CXX"] = decision.cxx  # the one that was tried
         self.distribution.ext_modules = [module]
         command = BuildExtension(self.distribution, use_ninja=True)
         for name in ("inplace", "build_lib", "build_temp", "force", "debug", "parallel"):

@@ -8,8 +8,9 @@
 // includes nothing, and defines everything it uses there: code shared between the three would be compiled for only one
 // of them. On other processors, and with compilers that lack the pragma, only `plain` exists.
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VPFAST_HAS_X86_ISAS 1
+#include "common/isa.h"
+
+#if defined(VPFAST_HAS_X86_ISAS)
 #include <immintrin.h>
 #endif
 

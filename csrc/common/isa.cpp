@@ -7,7 +7,7 @@ namespace vpfast {
 namespace {
 
 bool has(const std::string& feature) {
-#if defined(__x86_64__)
+#if defined(VPFAST_HAS_X86_ISAS)
   // __builtin_cpu_supports takes only literals; it also asks whether the operating system saves the registers.
   if (feature == "avx2") return __builtin_cpu_supports("avx2");
   if (feature == "fma") return __builtin_cpu_supports("fma");

@@ -155,7 +155,9 @@ VPFAST_INLINE ValueAndSlope64 value_and_slope(ValueAndSlope64 a) { return a; }
 
 // A kernel reads more arrays side by side than the processor's own prefetchers follow well: 2 KB ahead is 10 % of the
 // time of a large problem (benchmarks/NOTES.md). Reading ahead of the end is harmless.
-VPFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }
+VPFAST_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 2048));
+}
 
 template <class T>
 struct Lanes;  // the vector that a stored type is worked on in

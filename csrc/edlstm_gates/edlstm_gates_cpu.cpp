@@ -23,7 +23,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "common/isa.h"
 #include "common/layout.h"

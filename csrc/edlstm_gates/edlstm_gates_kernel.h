@@ -60,8 +60,8 @@ struct BackwardBody {
     using V = typename Lanes<TG>::type;
     const TG* gates = static_cast<const TG*>(p.gates) + row * p.gates_stride + column;
     const TC* c_prev = static_cast<const TC*>(p.c_prev) + row * p.c_prev_stride + column;
-    const TG* grad_h = static_cast<const TG*>(p.grad_h) + row * p.grad_h_stride + column;
-    const TC* grad_c = static_cast<const TC*>(p.grad_c) + row * p.grad_c_stride + column;
+    const TG* grad_h = p.grad_h ? static_cast<const TG*>(p.grad_h) + row * p.grad_h_stride + column : nullptr;
+    const TC* grad_c = p.grad_c ? static_cast<const TC*>(p.grad_c) + row * p.grad_c_stride + column : nullptr;
     TG* grad_gates = static_cast<TG*>(p.grad_gates) + row * 4 * p.row_length + column;
     TC* grad_c_prev = static_cast<TC*>(p.grad_c_prev) + row * p.row_length + column;
 
@@ -74,8 +74,8 @@ struct BackwardBody {
     }
     for (int k = 0; k < count; k += V::lanes) {
       const int part = count - k < V::lanes ? count - k : V::lanes;
-      const V dh = p.grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
-      const V dc = p.grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
+      const V dh = grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
+      const V dc = grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
       const Gradients<V> d = gradients(recomputed[k / V::lanes], Lanes<TG>::load(gates + p.offset_o + k, part), dh, dc);
       Lanes<TG>::store(grad_gates + p.offset_f + k, d.f, part, how);
       Lanes<TG>::store(grad_gates + p.offset_i + k, d.i, part, how);

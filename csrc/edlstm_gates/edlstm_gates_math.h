@@ -4,7 +4,6 @@
 // each (hence no include guard). The functions below are the only place where the formulas are written in C++.
 //
 //   c = sigmoid(f) c' + sigmoid(i) tanh(g)        h = sigmoid(o) tanh(c)            (MSPN paper, Eq. 2-3)
-
 //
 // Both directions go in two steps with the new cell state between them: see kPiece in edlstm_gates_kernel.h.
 

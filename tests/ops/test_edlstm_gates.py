@@ -1,4 +1,4 @@
-"""The ladder of edlstm_gates: formula, accuracy, gradients, operator contract, layouts, compilation, refusals."""
+"""The ladder of edlstm_gates: formula, accuracy, gradients, what PyTorch expects, layouts, compilation, refusals."""
 
 import itertools
 import math
@@ -239,6 +239,26 @@ def test_only_one_input_needs_a_gradient():
     assert c_prev.grad is None
 
 
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_forward_mode_and_function_transforms(choice):
+    gates, c_prev = inputs((2, 8, 3), torch.float64)
+    tangents = (torch.randn_like(gates), torch.randn_like(c_prev))
+    with vpfast.backend(choice):
+        values, found = torch.func.jvp(edlstm_gates, (gates, c_prev), tangents)
+        batched = torch.func.vmap(edlstm_gates)(gates[:, None], c_prev[:, None])
+        jacobian = torch.func.jacrev(lambda x: edlstm_gates(x, c_prev)[0].sum())(gates)
+        with torch.autograd.forward_ad.dual_level():
+            dual = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip((gates, c_prev), tangents, strict=True)]
+            dual_found = [torch.autograd.forward_ad.unpack_dual(t).tangent for t in edlstm_gates(*dual)]
+    _, want = torch.func.jvp(reference.edlstm_gates, (gates, c_prev), tangents)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(tuple(dual_found), want)
+    torch.testing.assert_close([t[:, 0] for t in batched], list(values))
+    torch.testing.assert_close(
+        jacobian, reference.edlstm_gates_backward(torch.ones_like(c_prev), None, gates, c_prev)[0]
+    )
+
+
 def test_second_derivative_is_a_named_error():
     gates, c_prev = inputs((2, 8, 3))
     gates.requires_grad_()
@@ -404,10 +424,11 @@ def test_fake_tensors_have_the_real_layout():
 
 @pytest.mark.parametrize("gates_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_keeps_the_cell_in_float32(gates_dtype, cell_dtype):
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_autocast_keeps_the_cell_in_float32(choice, gates_dtype, cell_dtype):
     gates, c_prev = inputs((2, 8, 4), gates_dtype, cell_dtype)
     gates.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with vpfast.backend(choice), torch.autocast("cpu", torch.bfloat16):
         h, c = edlstm_gates(gates, c_prev)
     assert (h.dtype, c.dtype) == (gates_dtype, torch.float32)
     torch.testing.assert_close((h, c), reference.edlstm_gates(gates, c_prev.float()))
@@ -425,13 +446,19 @@ def test_backend_is_restored_and_checked():
             assert vpfast.current_backend() == "auto"
         assert vpfast.current_backend() == "reference"
     assert vpfast.current_backend() == "auto"
+    kept = vpfast.backend("reference")
+    with kept:
+        pass
+    with kept:
+        assert vpfast.current_backend() == "reference"
+    vpfast.backend("auto")
     with pytest.raises(ValueError, match="'fast' is unknown"):
         vpfast.backend("fast")
 
 
 def test_backend_of_the_environment():
-    code = "import vpfast; print(vpfast.current_backend())"
-    for name, wanted in (("reference", "reference\n"), ("fast", "")):
+    code = "import vpfast; print('imported'); print(vpfast.current_backend())"
+    for name, wanted in (("reference", "imported\nreference\n"), ("fast", "imported\n")):
         environment = {**os.environ, "VPFAST_BACKEND": name}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout == wanted

@@ -5,6 +5,7 @@ import types
 from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from vpfast.ops import _native
 
@@ -18,7 +19,12 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_chosen: str = _checked(os.environ.get("VPFAST_BACKEND", "auto"), "VPFAST_BACKEND")
+# Checked when it is first used, so that a wrong word does not keep the package from being imported.
+_chosen: str = os.environ.get("VPFAST_BACKEND", "auto")
+
+
+class BackendError(RuntimeError):
+    """No implementation of an operator serves this device under the current choice; the message says why."""
 
 
 class backend:
@@ -38,9 +44,13 @@ class backend:
 
     def __init__(self, name: Name) -> None:
         global _chosen
+        self._name = name
         self._previous, _chosen = _chosen, _checked(name, "backend")
 
     def __enter__(self) -> "backend":
+        global _chosen
+        if _chosen != self._name:  # kept for later, or entered a second time
+            self._previous, _chosen = _chosen, self._name
         return self
 
     def __exit__(
@@ -54,8 +64,12 @@ class backend:
 
 
 def current_backend() -> str:
-    """The name last chosen with :class:`backend`."""
-    return _chosen
+    """The name last chosen with :class:`backend`.
+
+    Raises:
+        ValueError: it comes from the environment's ``VPFAST_BACKEND`` and is unknown.
+    """
+    return _checked(_chosen, "VPFAST_BACKEND")
 
 
 class Backends:
@@ -89,12 +103,13 @@ class Backends:
         """The backend that serves a tensor on ``device`` under the current choice.
 
         Raises:
-            RuntimeError: none can; the message lists every backend and why it was refused.
+            BackendError: none can; the message lists every backend and why it was refused.
         """
-        if _chosen != "auto":
-            if self.refusal(_chosen, device) is None:
-                return _chosen
-            return self._refuse(device, (_chosen,))
+        chosen = current_backend()
+        if chosen != "auto":
+            if self.refusal(chosen, device) is None:
+                return chosen
+            return self._refuse(device, (chosen,))
         for name in ("native", "triton"):
             if self.refusal(name, device) is None:
                 return name
@@ -104,11 +119,25 @@ class Backends:
 
     def _refuse(self, device: str, asked: tuple[str, ...]) -> str:
         reasons = "; ".join(f"{name}: {self.refusal(name, device)}" for name in asked)
-        raise RuntimeError(
+        raise BackendError(
             f"vpfast.{self.op} has no backend for this {device} tensor under vpfast.backend({_chosen!r}). {reasons}. "
             'vpfast.backend("reference"), or VPFAST_BACKEND=reference in the environment, runs the plain PyTorch '
             "version on any device; `vpfast doctor` shows what is installed."
         )
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Does a ``torch.func`` transform or forward-mode differentiation look at one of these?
+
+    Those see through plain PyTorch only: they would take a compiled kernel for a constant, in silence.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def native_devices(qualified_op: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vpfast.ops._backend import is_transformed
 from vpfast.ops.edlstm_gates import reference
 from vpfast.ops.edlstm_gates.register import backends
 
@@ -25,16 +26,19 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
         ``h`` (B, C, *) in the type of ``gates`` and ``c`` (B, C, *) in the type of ``c_prev``; both channels_last
         where ``gates`` is, else contiguous. Arithmetic is float32 for half-precision gates.
 
-    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. Results are bitwise repeatable
-    whatever the number of threads. NaN in gives NaN out. Under autocast the cell state is float32.
+    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. Under ``torch.func`` transforms
+    and forward-mode differentiation the plain PyTorch reference computes. Results are bitwise repeatable whatever the
+    number of threads. NaN in gives NaN out. Under autocast the cell state is float32.
 
     Raises:
         TypeError: a type that is not supported, or two that do not go together.
         ValueError: shapes or ``order`` that do not fit; the message holds the numbers.
-        RuntimeError: the chosen backend cannot serve this device; the message says why.
+        BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     _check(gates, c_prev, order)
-    if backends.select(gates.device.type) == "reference":
+    if backends.select(gates.device.type) == "reference" or is_transformed(gates, c_prev):
+        if _autocast_is_on(gates) and gates.dtype != torch.float64:
+            c_prev = c_prev.float()
         return reference.edlstm_gates(gates, c_prev, order)
     result: tuple[Tensor, Tensor] = torch.ops.vpfast.edlstm_gates(gates, c_prev, order)
     return result
@@ -46,6 +50,10 @@ def _go_together(gates: Tensor, c_prev: Tensor) -> bool:
         return False
     if c_prev.dtype == torch.float32:
         return True
+    return _autocast_is_on(gates)
+
+
+def _autocast_is_on(gates: Tensor) -> bool:
     device = gates.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
