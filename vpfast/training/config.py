@@ -4,9 +4,10 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -19,6 +20,23 @@ def option(default: T, text: str) -> T:
     else:
         made = field(default=default, metadata={"help": text})
     return made
+
+
+def _require(fine: bool, key: str, given: object, accepted: str) -> None:
+    if not fine:
+        raise ValueError(f"{key}: {given} given, must be {accepted}")
+
+
+def _check_values(config: Any, prefix: str = "") -> None:
+    """What the types of the fields promise and Python does not hold anyone to: choices and finite numbers."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            _require(value in choices, prefix + name, repr(value), " or ".join(map(repr, choices)))
+        elif float in (hint, *get_args(hint)) and value is not None:
+            fine = isinstance(value, int | float) and math.isfinite(value)
+            _require(fine, prefix + name, repr(value), "a finite number")
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,10 @@ class DataConfig:
     val: SplitConfig = option(SplitConfig(), "video-folder: the files to watch training with; never the test files")
     test: SplitConfig = option(SplitConfig(), "video-folder: the files `vpfast evaluate` reports on")
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: one line that names the key."""
+        _check_values(self, "data.")
+
     @property
     def frame_size(self) -> tuple[int, int]:
         """(H, W)."""
@@ -78,6 +100,10 @@ class LossConfig:
     )
     feedback_range: tuple[int, int] = option((3, 5), "feedback random: fewest and most frames fed back")
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: one line that names the key."""
+        _check_values(self, "loss.")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -88,6 +114,10 @@ class OptimConfig:
     clip_norm: float | None = option(None, "clip the gradient to this norm")
     schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate goes on after warm-up")
     warmup: int = option(0, "steps over which the learning rate rises from 0")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: one line that names the key."""
+        _check_values(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -120,6 +150,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
+        _check_values(self)
         _check_numbers(self)
         _check_together(self)
 
@@ -182,11 +213,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """One line for a key that does not exist, with the nearest that does."""
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _require(fine: bool, key: str, given: object, accepted: str) -> None:
-    if not fine:
-        raise ValueError(f"{key}: {given} given, must be {accepted}")
 
 
 def _check_numbers(config: TrainConfig) -> None:
