@@ -1,8 +1,10 @@
 """Folders that are whole or not there."""
 
+from pathlib import Path
+
 import pytest
 
-from vpfast.training.files import new_folder, write_file
+from vpfast.training.files import new_folder, refusal, write_file
 
 
 def test_a_failure_leaves_nothing(tmp_path):
@@ -35,3 +37,60 @@ def test_a_file_is_replaced_at_once(tmp_path):
     write_file(tmp_path / "a.json", "1")
     write_file(tmp_path / "a.json", "2")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "2")]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_draft(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError, match=r"a\.json"):
+        write_file(tmp_path / "a.json", "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_only_known_names_are_replaced(tmp_path):
+    out = tmp_path / "out"
+    (out / "weights").mkdir(parents=True)
+    (out / "weights" / "config.json").touch()
+    known = {"weights", "weights/config.json", "strip.png"}
+    assert refusal(out, known) is None
+    for foreign in ("thesis.tex", "weights/notes"):
+        (out / foreign).write_text("x")
+        with pytest.raises(FileExistsError, match=f"{foreign} in it"), new_folder(out, known):
+            pass
+        assert (out / foreign).read_text() == "x"
+        (out / foreign).unlink()
+    with new_folder(out, known) as folder:
+        (folder / "strip.png").touch()
+    assert [path.name for path in out.iterdir()] == ["strip.png"]
+
+
+def test_what_can_be_no_folder_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file", True) == "exists already and is not a folder"
+    assert refusal(tmp_path / "file" / "a" / "out") == f"cannot be made: {tmp_path / 'file'} is a file"
+    assert refusal(tmp_path / "a" / "out") is None
+
+
+def test_the_current_folder_is_no_place_to_replace(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(FileExistsError, match="current folder"), new_folder(Path("."), replace=True):
+        pass
+    assert list(tmp_path.rglob("*")) == [here]
+
+
+def test_the_old_folder_returns_where_the_new_one_cannot_come(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("no rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no rename"), new_folder(out, replace=True):
+        pass
+    assert sorted(tmp_path.rglob("*")) == [out, out / "old"]

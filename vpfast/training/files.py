@@ -3,20 +3,25 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool | Collection[str] = False) -> Iterator[Path]:
     """Yields an empty folder beside ``path`` that becomes ``path`` when the block ends, and vanishes when it fails.
 
+    Args:
+        path: the folder to make.
+        replace: whether an existing one may go; names allow it where the old folder holds nothing but those.
+
     Raises:
-        FileExistsError: ``path`` exists and ``replace`` is False.
+        FileExistsError: ``path`` cannot be made, or exists and may not be replaced.
     """
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already")
+    if (reason := refusal(path, replace)) is not None:
+        raise FileExistsError(f"{path} {reason}")
+    path = _absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -32,12 +37,51 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def refusal(path: Path, replace: bool | Collection[str] = False) -> str | None:
+    """Why :func:`new_folder` cannot make ``path``, as the end of a sentence; None if it can.
+
+    ``replace`` given as names are paths relative to ``path`` with ``/``, folders among them listed too.
+    """
+    path = _absolute(path)
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        return f"cannot be made: {above} is a file"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"cannot be made: no permission to write in {above}"
+    if not os.path.lexists(path):
+        return None
+    if not path.is_dir():
+        return "exists already and is not a folder"
+    if replace is False:
+        return "exists already"
+    if path == Path.cwd():
+        return "is the current folder, which cannot be replaced"
+    if replace is not True:
+        for inside in sorted(path.rglob("*")):
+            name = inside.relative_to(path).as_posix()
+            if name not in replace:
+                return f"cannot be replaced: {name} in it is not of vpfast's making; move it away, or choose another"
+    return None
+
+
+def _absolute(path: Path) -> Path:
+    """With a name of its own, which ``.`` has not, and without following a link to another place."""
+    return Path(os.path.abspath(path))
+
+
 def _swap(draft: Path, path: Path) -> None:
-    """A folder with content cannot be renamed over, so the old one steps aside first."""
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
-    draft.rename(path)
-    shutil.rmtree(old)
+    """A folder with content cannot be renamed over, so the old one steps aside first, and back where that was all."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = aside / path.name
+    try:
+        path.rename(old)
+        draft.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def flush(folder: Path) -> None:
@@ -50,9 +94,12 @@ def flush(folder: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, which is never seen half-written."""
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text)
-    _flush_one(draft)
-    draft.replace(path)
+    try:
+        draft.write_text(text)
+        _flush_one(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _flush_one(path: Path) -> None:
