@@ -12,8 +12,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vpfast.training.config import leaves, unknown_key
 
-_KEY, _CLASS = r'Parser key "([^"]+)"', r"<class '(\w+)'>"
-
 
 class Options:
     """A jsonargparse parser whose complaints are one-line ValueErrors that name the key and the nearest valid one."""

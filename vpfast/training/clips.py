@@ -34,7 +34,7 @@ def dataset(config: DataConfig, split: Split, length: int, count: int | None = N
     """The clips of ``split``, each (length, C, H, W) in [0, 1]; ``count`` of them, evenly spaced, where there are more.
 
     Raises:
-        ValueError: the split has no clip, or shares a file with another; what the data set itself refuses.
+        ValueError: the split has no pattern; what the data set itself refuses.
     """
     if config.kind == "moving-digits":
         digits = MovingDigits(
