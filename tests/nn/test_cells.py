@@ -1,5 +1,8 @@
 """The recurrent cells: against the equations written out, as drop-ins, and in what they refuse."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +36,7 @@ def test_convlstm_constructor_and_parameters() -> None:
     assert ConvLSTMCell(3, 5, 3, False).conv.bias is None
     assert set(ConvLSTMCell(3, 5, 3).state_dict()) == {"conv.weight", "conv.bias"}
     assert ConvLSTMCell(3, 5, (1, 3)).conv.weight.shape == (20, 8, 1, 3)
-    with pytest.raises(ValueError, match=r"kernel_size must be odd.*4"):
+    with pytest.raises(ValueError, match=r"kernel_size must be odd and positive.*4"):
         ConvLSTMCell(3, 5, 4)
 
 
@@ -129,10 +132,12 @@ def test_any_size_that_divides(batch: int, rows: int, columns: int, depth: int) 
 
 @pytest.mark.parametrize("cell", cells()[1:], ids=lambda cell: type(cell).__name__)
 def test_refused_sizes(cell: nn.Module) -> None:
-    with pytest.raises(ValueError, match="height 10 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="height is a positive multiple of 4, got 10"):
         cell(torch.zeros(1, 3, 10, 12))
-    with pytest.raises(ValueError, match="width 6 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="width is a positive multiple of 4, got 6"):
         cell(torch.zeros(1, 3, 8, 6))
+    with pytest.raises(ValueError, match="height is a positive multiple of 4, got 0"):
+        cell(torch.zeros(1, 3, 0, 8))
 
 
 @pytest.mark.parametrize("cell", cells(), ids=lambda cell: type(cell).__name__)
@@ -141,18 +146,113 @@ def test_refused_maps(cell: nn.Module) -> None:
         cell(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(3, 8, 8\)"):
         cell(torch.zeros(3, 8, 8))
+    with pytest.raises(TypeError, match=r"the input is torch\.uint8 and the weights are torch\.float32"):
+        cell(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"the input is torch\.float64"):
+        cell(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the input is on meta and the weights on cpu"):
+        cell(torch.zeros(1, 3, 8, 8, device="meta"))
+    with pytest.raises(TypeError, match="got list"):
+        cell([])
 
 
 def test_refused_constructions_and_features() -> None:
-    with pytest.raises(ValueError, match=r"at least two widths, got \(8,\)"):
+    with pytest.raises(ValueError, match=r"at least two positive integers, got \(8,\)"):
         EDLSTMCell(3, 5, (8,))
-    with pytest.raises(ValueError, match="input_kernel_size must be odd, got 4"):
+    with pytest.raises(ValueError, match=r"input_kernel_size must be odd.*got 4"):
         EDLSTMCell(3, 5, input_kernel_size=4)
-    with pytest.raises(ValueError, match=r"at least two widths, got \(8,\)"):
+    with pytest.raises(ValueError, match=r"at least two positive integers, got \(8,\)"):
         EncLSTMDecCell(3, 5, (8,))
-    with pytest.raises(ValueError, match="output_kernel_size must be odd, got 2"):
+    with pytest.raises(ValueError, match=r"output_kernel_size must be odd.*got 2"):
         EncLSTMDecCell(3, 5, output_kernel_size=2)
     with pytest.raises(ValueError, match="shared_channels=0"):
         EDLSTMCell(3, 5, (4, 6))(torch.zeros(1, 3, 8, 8), None, torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="every step needs the shared feature"):
         EDLSTMCell(3, 5, (4, 6), shared_channels=2)(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: type(cell).__name__)
+@pytest.mark.parametrize("which", [0, 1], ids=["h", "c"])
+def test_refused_states(cell: nn.Module, which: int) -> None:
+    """Each half of the state alone is wrong in one way, and the error names it."""
+    x = torch.zeros(2, 3, 8, 12)
+    good = cell(x)[1]
+    batch, channels, height, width = good[0].shape
+    name = "hc"[which]
+    wrong = [
+        (torch.zeros(1, channels, height, width), ValueError, r"must have shape .* got \(1, "),
+        (torch.zeros(batch, channels + 1, height, width), ValueError, rf"got \(2, {channels + 1}, "),
+        (torch.zeros(batch, channels, height, 1), ValueError, "must have shape"),
+        (good[which].double(), TypeError, r"is torch\.float64, which does not go with torch\.float32 maps"),
+        (good[which].long(), TypeError, r"is torch\.int64"),
+        (good[which].to("meta"), ValueError, "is on meta and the input on cpu"),
+        (None, TypeError, "must be a tensor of shape .*got NoneType"),
+    ]
+    for value, error, message in wrong:
+        state = (value, good[1]) if which == 0 else (good[0], value)
+        with pytest.raises(error, match=rf"{type(cell).__name__}: {name} .*{message}"):
+            cell(x, state)
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: type(cell).__name__)
+def test_a_state_is_a_pair(cell: nn.Module) -> None:
+    """An empty tuple is no state, and not the same as None."""
+    x = torch.zeros(2, 3, 8, 12)
+    for state, found in (((), "0 of them"), ((x,), "1 of them"), (x, "Tensor")):
+        with pytest.raises(TypeError, match=rf"the pair \(h, c\).*got {found}"):
+            cell(x, state)
+
+
+@pytest.mark.parametrize(
+    ("shared", "error", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4), ValueError, r"shape \(2, 2, 4, 4\).*got \(2, 3, 4, 4\)"),
+        (torch.zeros(2, 2, 8, 4), ValueError, r"got \(2, 2, 8, 4\)"),
+        (torch.zeros(1, 2, 4, 4), ValueError, r"got \(1, 2, 4, 4\)"),
+        (torch.zeros(2, 2, 4, 4).double(), TypeError, r"is torch\.float64"),
+        (torch.zeros(2, 2, 4, 4, device="meta"), ValueError, "is on meta"),
+    ],
+)
+def test_refused_shared_features(shared: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"EDLSTMCell: shared {message}" if error is TypeError else rf"shared .*{message}"):
+        EDLSTMCell(3, 5, (4, 6), shared_channels=2)(torch.zeros(2, 3, 8, 8), None, shared)
+
+
+@pytest.mark.parametrize("kernel_size", [(3,), (3, 3, 3), 0, -1, (3, 2), (3, 0), 3.0, True])
+def test_refused_kernels(kernel_size: Any) -> None:
+    with pytest.raises(ValueError, match=r"ConvLSTMCell: kernel_size must be .*got"):
+        ConvLSTMCell(3, 5, kernel_size)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ConvLSTMCell(3, 0, 3), "ConvLSTMCell: hidden_channels must be an integer of at least 1, got 0"),
+        (lambda: ConvLSTMCell(3, 5, 3, gate_order="abcd"), "permutation of 'fiog', got 'abcd'"),
+        (lambda: EDLSTMCell(3, 0), "EDLSTMCell: hidden_channels must be an integer of at least 1, got 0"),
+        (lambda: EDLSTMCell(0, 5), "in_channels must be an integer of at least 1, got 0"),
+        (lambda: EDLSTMCell(3, 5, (4, 0)), r"at least two positive integers, got \(4, 0\)"),
+        (lambda: EDLSTMCell(3, 5, shared_channels=-2), "shared_channels must be an integer of at least 0, got -2"),
+        (lambda: EDLSTMCell(3, 5, input_kernel_size=-1), "input_kernel_size must be odd and positive.*got -1"),
+        (lambda: EDLSTMCell(3, 5, gate_order="abcd"), "permutation of 'fiog', got 'abcd'"),
+        (lambda: EDLSTMCell(3, 5, widen="foo"), "'before_pool', 'after_pool', got 'foo'"),
+        (lambda: EncLSTMDecCell(3, 0), "out_channels must be an integer of at least 1, got 0"),
+        (lambda: EncLSTMDecCell(3, 5, (4, 0)), r"at least two positive integers, got \(4, 0\)"),
+        (lambda: EncLSTMDecCell(3, 5, gate_order="abcd"), "permutation of 'fiog', got 'abcd'"),
+        (lambda: EncLSTMDecCell(3, 5, widen="foo"), "'before_pool', 'after_pool', got 'foo'"),
+        (lambda: EncLSTMDecCell(3, 5, output_kernel_size=0), "output_kernel_size must be odd and positive.*got 0"),
+    ],
+)
+def test_refused_options(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: type(cell).__name__)
+def test_compiles_and_exports_with_a_state(cell: nn.Module) -> None:
+    """The checks break no graph."""
+    x = torch.randn(2, 3, 8, 12)
+    state = cell(x)[1]
+    expected = cell(x, state)
+    torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, state), expected)
+    torch.testing.assert_close(torch.export.export(cell, (x, state)).module()(x, state), expected)

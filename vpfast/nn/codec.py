@@ -13,7 +13,7 @@ from vpfast.nn.bottleneck import LEAK, Bottleneck
 Widen = Literal["before_pool", "after_pool"]
 
 
-def double(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 2H, 2W), bilinear with aligned corners."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
@@ -67,7 +67,7 @@ class DecoderStage(nn.Module):
         self.merge = nn.Conv2d(2 * channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        up = self.after(double(self.before(x)))
+        up = self.after(upsample(self.before(x)))
         y: Tensor = self.merge(torch.cat((up, skip), dim=1))
         return y
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vpfast.nn._common import State, check_maps, zero_state
+from vpfast.nn._common import State, check_counts, check_gate_order, check_kernels, check_maps, given_or_zeros
 from vpfast.ops import edlstm_gates
 
 
@@ -21,7 +21,8 @@ class ConvLSTMCell(nn.Module):
         gate_order: a permutation of ``"fiog"`` (forget, input, output, candidate).
 
     Raises:
-        ValueError: an even kernel, whose output would not have the size of its input.
+        ValueError: channels below 1, a kernel that is not odd, whose output would not have the size of its input, or
+            a ``gate_order`` that is none.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class ConvLSTMCell(nn.Module):
         gate_order: str = "ifog",
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        if any(size % 2 == 0 for size in kernel):
-            raise ValueError(f"ConvLSTMCell: kernel_size must be odd so that maps keep their size, got {kernel_size}")
+        check_counts("ConvLSTMCell", in_channels=in_channels, hidden_channels=hidden_channels)
+        check_gate_order("ConvLSTMCell", gate_order)
+        kernel = _pair(kernel_size)
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
         self.gate_order = gate_order
@@ -47,9 +48,19 @@ class ConvLSTMCell(nn.Module):
         """One step: ``x`` (B, in_channels, H, W) and the state of the step before -> ``h, (h, c)``.
 
         Without ``state`` the cell starts from zeros. h and c are (B, hidden_channels, H, W); c stays float32 beside
-        half-precision maps. Raises ValueError for another number of dimensions or channels.
+        half-precision maps. Raises ValueError for another shape or device of the
+        input or the state, TypeError for a type that does not go with the weights.
         """
-        check_maps("ConvLSTMCell", x, self.in_channels)
-        h, c = state or zero_state(x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
+        check_maps("ConvLSTMCell", x, self.in_channels, self.conv.weight)
+        h, c = given_or_zeros("ConvLSTMCell", state, x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
         h, c = edlstm_gates(self.conv(torch.cat((x, h), dim=1)), c, self.gate_order)
         return h, (h, c)
+
+
+def _pair(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
+    sizes = tuple(kernel_size) if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+    if len(sizes) != 2:
+        raise ValueError(f"ConvLSTMCell: kernel_size must be one number or (kh, kw), got {kernel_size!r}")
+    for size in sizes:
+        check_kernels("ConvLSTMCell", kernel_size=size)
+    return sizes

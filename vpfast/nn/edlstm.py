@@ -1,12 +1,23 @@
 """The encoder-decoder LSTM of MSPN (paper, section III, Eq. 1-4): a recurrent cell whose gates come from a codec."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.nn._common import State, check_maps, zero_state
+from vpfast.nn._common import (
+    State,
+    check_choice,
+    check_counts,
+    check_gate_order,
+    check_joined,
+    check_kernels,
+    check_maps,
+    check_widths,
+    given_or_zeros,
+)
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import Decoder, Encoder, Widen
 from vpfast.ops import edlstm_gates
@@ -30,7 +41,7 @@ class EDLSTMCell(nn.Module):
         gate_order: a permutation of ``"fiog"``, the order of the gates in the decoder's output.
 
     Raises:
-        ValueError: fewer than two ``channels`` or an even ``input_kernel_size``.
+        ValueError: fewer than two ``channels``, an even ``input_kernel_size``, or any other value that cannot be.
     """
 
     def __init__(
@@ -46,12 +57,15 @@ class EDLSTMCell(nn.Module):
         gate_order: str = "ifog",
     ) -> None:
         super().__init__()
-        if len(channels) < 2:
-            raise ValueError(f"EDLSTMCell: channels needs at least two widths, got {tuple(channels)}")
-        if input_kernel_size % 2 == 0:
-            raise ValueError(f"EDLSTMCell: input_kernel_size must be odd, got {input_kernel_size}")
+        check_counts("EDLSTMCell", in_channels=in_channels, hidden_channels=hidden_channels)
+        check_counts("EDLSTMCell", lowest=0, shared_channels=shared_channels)
+        check_widths("EDLSTMCell", channels)
+        check_kernels("EDLSTMCell", input_kernel_size=input_kernel_size)
+        check_choice("EDLSTMCell", "widen", widen, get_args(Widen))
+        check_gate_order("EDLSTMCell", gate_order)
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
+        self.shared_channels = shared_channels
         self.gate_order = gate_order
         self.factor = 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels + hidden_channels, channels, input_kernel_size, batch_norm, widen)
@@ -67,8 +81,9 @@ class EDLSTMCell(nn.Module):
         half-precision maps. ``shared`` (B, shared_channels, H/factor, W/factor) is a coarser cell's feature.
 
         Raises:
-            ValueError: another number of dimensions or channels, a size that does not divide, or ``shared`` given to a
-                cell built without ``shared_channels``, or left out of one built with them.
+            ValueError: another shape or device of the input, the state or ``shared``, a size that does not divide, or
+                ``shared`` given to a cell built without ``shared_channels``, or left out of one built with them.
+            TypeError: a type that does not go with the weights.
         """
         state, _ = self.step(x, state, shared)
         return state[0], state
@@ -78,8 +93,8 @@ class EDLSTMCell(nn.Module):
 
         The feature is (B, channels[-1], H/factor, W/factor), after the merge with ``shared``.
         """
-        check_maps("EDLSTMCell", x, self.in_channels, self.factor)
-        h, c = state or zero_state(x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
+        check_maps("EDLSTMCell", x, self.in_channels, self.encoder.stem.weight, self.factor)
+        h, c = given_or_zeros("EDLSTMCell", state, x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
         *skips, feature = self.encoder(torch.cat((x, h), dim=1))
         feature = self._merge(feature, shared)  # Eq. 4
         gates = self.decoder(feature, skips)  # Eq. 1
@@ -92,4 +107,6 @@ class EDLSTMCell(nn.Module):
             return feature
         if shared is None:
             raise ValueError("EDLSTMCell: built with shared_channels, so every step needs the shared feature")
+        expected = (feature.shape[0], self.shared_channels, feature.shape[2], feature.shape[3])
+        check_joined("EDLSTMCell", "shared", shared, feature, expected)
         return F.leaky_relu(self.share(torch.cat((feature, shared), dim=1)), LEAK)

@@ -1,12 +1,22 @@
 """Encoder, ConvLSTM at the bottleneck, decoder: the frame that the MSPN paper compares with ("En-LSTM-De")."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.nn._common import State, check_maps, zero_state
+from vpfast.nn._common import (
+    State,
+    check_choice,
+    check_counts,
+    check_gate_order,
+    check_kernels,
+    check_maps,
+    check_widths,
+    given_or_zeros,
+)
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import Decoder, Encoder, Widen
 from vpfast.ops import edlstm_gates
@@ -26,7 +36,7 @@ class EncLSTMDecCell(nn.Module):
         output_kernel_size: of the convolution between the LSTM and the decoder, odd.
 
     Raises:
-        ValueError: fewer than two ``channels`` or an even kernel.
+        ValueError: fewer than two ``channels``, an even kernel, or any other value that cannot be.
     """
 
     def __init__(
@@ -42,11 +52,11 @@ class EncLSTMDecCell(nn.Module):
         output_kernel_size: int = 3,
     ) -> None:
         super().__init__()
-        if len(channels) < 2:
-            raise ValueError(f"EncLSTMDecCell: channels needs at least two widths, got {tuple(channels)}")
-        for name, size in (("input_kernel_size", input_kernel_size), ("output_kernel_size", output_kernel_size)):
-            if size % 2 == 0:
-                raise ValueError(f"EncLSTMDecCell: {name} must be odd, got {size}")
+        check_counts("EncLSTMDecCell", in_channels=in_channels, out_channels=out_channels)
+        check_widths("EncLSTMDecCell", channels)
+        check_kernels("EncLSTMDecCell", input_kernel_size=input_kernel_size, output_kernel_size=output_kernel_size)
+        check_choice("EncLSTMDecCell", "widen", widen, get_args(Widen))
+        check_gate_order("EncLSTMDecCell", gate_order)
         self.in_channels = in_channels
         self.hidden_channels = hidden = channels[-1]
         self.gate_order = gate_order
@@ -59,13 +69,13 @@ class EncLSTMDecCell(nn.Module):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: ``x`` (B, in_channels, H, W) and the state of the step before -> ``output, (h, c)``.
 
-        Without ``state`` the cell starts from zeros. Raises ValueError for another number of dimensions or channels,
-        or a size that does not divide.
+        Without ``state`` the cell starts from zeros. Raises ValueError for another shape or device of the input or
+        the state, or a size that does not divide, TypeError for a type that does not go with the weights.
         """
-        check_maps("EncLSTMDecCell", x, self.in_channels, self.factor)
+        check_maps("EncLSTMDecCell", x, self.in_channels, self.encoder.stem.weight, self.factor)
         *skips, feature = self.encoder(x)
         size = (x.shape[2] // self.factor, x.shape[3] // self.factor)
-        h, c = state or zero_state(feature, (x.shape[0], self.hidden_channels, *size))
+        h, c = given_or_zeros("EncLSTMDecCell", state, feature, (x.shape[0], self.hidden_channels, *size))
         gates = F.leaky_relu(self.gates(torch.cat((feature, h), dim=1)), LEAK)
         h, c = edlstm_gates(gates, c, self.gate_order)
         return self.decoder(F.leaky_relu(self.out(h), LEAK), skips), (h, c)

@@ -14,7 +14,7 @@ from vpfast.models.storage import storable
 from vpfast.nn import EDLSTMCell, EncLSTMDecCell
 from vpfast.nn._common import State, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
-from vpfast.nn.codec import double
+from vpfast.nn.codec import upsample
 
 Feedback = Literal["attached", "detached"]
 
@@ -196,7 +196,7 @@ class MSPN(nn.Module):
             if index > 0:
                 inputs.append(shrink(state.errors[index - 1], 2, self.config.down_sampling))
             if index < top:
-                inputs.append(double(predictions[-1]))
+                inputs.append(upsample(predictions[-1]))
             if index == 0 and state.frame is not None:
                 inputs.append(state.frame)
             prediction, cell, feature = self.levels[index](torch.cat(inputs, dim=1), state.cells[index], feature)
