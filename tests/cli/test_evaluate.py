@@ -6,7 +6,7 @@ import torch
 import vpfast.models
 from vpfast.data import MovingDigits
 from vpfast.models import MSPN, MSPNConfig
-from vpfast.training import DataConfig, TrainConfig, checkpoint
+from vpfast.training import DataConfig, TrainConfig, checkpoint, evaluation
 
 
 @pytest.fixture
@@ -66,6 +66,22 @@ def test_videos_are_evaluated_whole(command, weights, video, tmp_path, read_json
 def test_bad_options_are_refused(refused, trained, tmp_path, args, message):
     assert message in refused("evaluate", "--weights", trained, "--out", tmp_path / "n.json", *args)
     assert not (tmp_path / "n.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_computing(refused, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("vpfast.cli.evaluate.evaluate", lambda *args, **kwargs: pytest.fail("computed"))
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "n.json", "there is no folder")):
+        assert f"--out {out} " in refused("evaluate", "--weights", trained, "--out", out)
+        assert message in refused("evaluate", "--weights", trained, "--out", out)
+
+
+def test_the_device_can_be_chosen(command, trained, monkeypatch):
+    asked = []
+    pick = evaluation.pick_device
+    monkeypatch.setattr(evaluation, "pick_device", lambda device: asked.append(device) or pick("cpu"))
+    assert command("evaluate", "--weights", trained, "--clips", 1, "--device", "cpu")[0] == 0
+    assert command("evaluate", "--weights", trained, "--clips", 1)[0] == 0
+    assert asked == ["cpu", "auto"]
 
 
 def test_weights_are_needed(refused):

@@ -1,5 +1,6 @@
 """The command line as a whole: help, versions, missing extras, and what becomes of errors."""
 
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,22 @@ def test_python_m_vpfast_is_vpfast():
     done = subprocess.run([sys.executable, "-m", "vpfast", "train", "--stepz", "3"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "vpfast: unknown key '--stepz'; did you mean '--steps'?\n"
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["train", "--data.size", "32", "--steps", "1"]])
+def test_an_unknown_backend_in_the_environment_is_one_line(args, tmp_path):
+    out = tmp_path / "run"
+    args = [*args, "--out", str(out)] if args[0] == "train" else args
+    done = subprocess.run(
+        [sys.executable, "-m", "vpfast", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VPFAST_BACKEND": "fast"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("vpfast: VPFAST_BACKEND 'fast' is unknown")
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
 
 
 def test_defects_keep_their_traceback(command, monkeypatch):

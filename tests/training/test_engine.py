@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
 
 def test_a_run_starts_from_given_weights(tiny, tmp_path):
     first = train(tiny(out=str(tmp_path / "first"), steps=1), progress=False)
-    second = tiny(out=str(tmp_path / "second"), steps=1, init=str(first), optim=OptimConfig(lr=1e-30))
+    second = tiny(out=str(tmp_path / "second"), steps=1, init=str(first.parent), optim=OptimConfig(lr=1e-30))
     assert same(weights(train(second, progress=False)), weights(first))
     other = tiny(out=str(tmp_path / "third"), init=str(first), model={"preset": "compact"})
     with pytest.raises(ValueError, match="init: the weights in"):

@@ -5,9 +5,10 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vpfast._version import __version__
+from vpfast.ops._backend import BackendError
 
 COMMANDS = {
     "train": "train a model on videos or moving digits",
@@ -35,22 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     A run of ``vpfast train`` that a signal stopped gives 128 + the signal's number.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    return answered(lambda: _run(args), f"vpfast {args[0]}" if args else "vpfast")
+
+
+def _run(args: list[str]) -> int:
+    if args and args[0] in COMMANDS:
+        command = importlib.import_module(f"vpfast.cli.{args[0]}")
+        return int(command.run(args[1:]))
+    _parser().parse_args(args)
+    return 0
+
+
+def answered(work: Callable[[], int], command: str) -> int:
+    """The exit code of ``work``; what it raises becomes one line on stderr, where it is not a defect."""
     try:
-        if args and args[0] in COMMANDS:
-            command = importlib.import_module(f"vpfast.cli.{args[0]}")
-            return int(command.run(args[1:]))
-        _parser().parse_args(args)
+        return work()
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     except Exception as error:
         code = _exit_code(error)
         if code is None or os.environ.get("VPFAST_TRACEBACK"):
             raise
-        print(f"vpfast: {_sentence(error, args)}", file=sys.stderr)
+        print(f"vpfast: {_sentence(error, command)}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return 0
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -61,18 +71,16 @@ def _exit_code(error: Exception) -> int | None:
         return 1
     if isinstance(error, ImportError):
         return 2 if _extra(error) or "pip install" in str(error) else None
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | BackendError):
         return 2
     if isinstance(error, OSError):
         return 2 if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError) else 1
     return None
 
 
-def _sentence(error: Exception, args: list[str]) -> str:
+def _sentence(error: Exception, command: str) -> str:
     if isinstance(error, ImportError) and (extra := _extra(error)):
-        return (
-            f"`vpfast {args[0]}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
-        )
+        return f"`{command}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
     return " ".join(str(error).split())
 
 

@@ -1,6 +1,7 @@
 """``vpfast evaluate``: the errors of a trained model on held-out clips, beside those of repeating the last frame."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vpfast.data.moving_digits import Split
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
+from vpfast.training.device import Device
 from vpfast.training.evaluation import evaluate, markdown
 from vpfast.training.files import write_file
 from vpfast.training.network import check_fit
@@ -31,10 +33,12 @@ def run(argv: Sequence[str]) -> int:
     if model is None:
         raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
     config = _checked(values)
+    if values["out"]:
+        _check_out(Path(values["out"]))
     check_fit(model.config, config.data)
     count = values["clips"] or (DIGIT_CLIPS if config.data.kind == "moving-digits" else None)
     clips = dataset(config.data, values["split"], config.clip_length, count, config.seed)
-    reports = evaluate(model, clips, config.context, config.batch_size, progress=True)
+    reports = evaluate(model, clips, config.context, config.batch_size, progress=True, device=values["device"])
     asked = {key: values[key] for key in ("weights", "split", "context", "horizon")}
     asked["clips"] = len(clips)  # type: ignore[arg-type]
     print(
@@ -68,9 +72,20 @@ def _options(trained: TrainConfig | None) -> Options:
     options.add("clips", int | None, None, f"how many clips (default: {DIGIT_CLIPS} of moving digits, all of videos)")
     options.add("batch_size", int, 8, "clips at a time")
     options.add("seed", int, trained.seed if trained else 0, "moving-digits: decides the clips")
+    options.add("device", Device, "auto", "auto takes the GPU if there is one that every operator can run on")
     options.add("out", str | None, None, "a JSON file to write the numbers to")
     options.add_config(DataConfig, "data.", trained.data if trained else None)
     return options
+
+
+def _check_out(path: Path) -> None:
+    """Whether the numbers can be written is known before they are computed."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder, must be the JSON file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {path} cannot be written: no permission to write in {path.parent}")
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:

@@ -19,10 +19,12 @@ from torch import nn
 
 from vpfast import models
 from vpfast.models import MSPN
+from vpfast.models.storage import CONFIG, WEIGHTS
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 from vpfast.training.files import new_folder
 
-_CONFIG = "training.json"
+_TRAINING = "training.json"
+WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, _TRAINING})
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -50,24 +52,31 @@ def save(root: Path, model: nn.Module, state: State, config: TrainConfig) -> Pat
 def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     """The model, and beside it how it was trained: the size of its frames, its context, where its clips came from."""
     models.save(model, folder)
-    (folder / _CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read_weights(folder: Path) -> tuple[MSPN, TrainConfig | None]:
-    """The model in ``folder``, and how it was trained where that is known.
+    """The model in ``folder``, or in ``weights`` of a run's folder, and how it was trained where that is known.
 
     Raises:
         FileNotFoundError, ValueError: no model, or a damaged one; the message names the file.
     """
+    folder = weights_of(folder)
     model = models.load(folder)
     assert isinstance(model, MSPN)
-    path = folder / _CONFIG
+    path = folder / _TRAINING
     if not path.is_file():
         return model, None
     try:
         return model, from_dict(TrainConfig, json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a training run: {error}") from error
+
+
+def weights_of(folder: Path) -> Path:
+    """``folder``, or where it is that of a finished run the one in it that holds the model."""
+    inside = folder / "weights"
+    return inside if inside.is_dir() and not (folder / CONFIG).exists() else folder
 
 
 def found(root: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vpfast.training import checkpoint
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, leaves, to_dict
+from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, write_file
 from vpfast.training.network import build_model, start_from
 from vpfast.training.objective import pixel_objective
@@ -208,7 +209,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one."""
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {"fp32": "no"}.get(config.precision, config.precision)
-    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    return Accelerator(mixed_precision=precision, cpu=pick_device(config.device).type == "cpu")
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -1,28 +1,33 @@
 """The errors of a trained model on held-out clips, beside those of the simplest prediction there is."""
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vpfast.metrics import Report, VideoMetrics
 from vpfast.models import MSPN
+from vpfast.training.device import Device, pick_device
 
 MODEL, BASELINE = "prediction", "repeat last frame"
 
 
 def evaluate(
-    model: MSPN, clips: Dataset[Tensor], context: int, batch_size: int = 8, progress: bool = False
+    model: MSPN,
+    clips: Dataset[Tensor],
+    context: int,
+    batch_size: int = 8,
+    progress: bool = False,
+    device: Device = "auto",
 ) -> dict[str, Report]:
     """Reports under the default protocol, of the model and of repeating the last real frame.
 
     ``clips`` are (T, C, H, W) in [0, 1]; the frames after the first ``context`` ones are those to predict.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
+    chosen = pick_device(device)
+    model = model.to(chosen).eval()
     metrics = {MODEL: VideoMetrics(), BASELINE: VideoMetrics()}
     for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=not progress, leave=False):
-        frames = frames.to(device)
+        frames = frames.to(chosen)
         seen, future = frames[:, :context], frames[:, context:]
         prediction = model.predict(seen, horizon=future.shape[1])
         metrics[MODEL].update(prediction, future)

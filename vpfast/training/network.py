@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vpfast import models
 from vpfast.models import MSPN, MSPNConfig
+from vpfast.training.checkpoint import weights_of
 from vpfast.training.config import DataConfig, unknown_key
 
 
@@ -53,7 +55,7 @@ def start_from(model: MSPN, folder: str) -> None:
     Raises:
         FileNotFoundError, ValueError: no model there, or another one than ``model``; the message names the folder.
     """
-    other = models.load(folder)
+    other = models.load(weights_of(Path(folder)))
     if other.config != model.config:
         raise ValueError(f"init: the weights in {folder} are of {other.config}, this run's model is {model.config}")
     model.load_state_dict(other.state_dict())
