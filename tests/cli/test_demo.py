@@ -3,7 +3,27 @@
 import json
 import sys
 
+import pytest
+
 from vpfast.cli import demo
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TEST_CLIPS", 2)
+    monkeypatch.setattr(demo, "kernel_table", lambda: ["no times"])
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "demo"), "--scale", "0.001"])
+    return tmp_path / "demo"
+
+
+def test_a_second_run_replaces_the_first_and_nothing_else(out, monkeypatch):
+    assert demo.main() == 0
+    assert demo.main() == 0
+    (out / "weights" / "notes.txt").write_text("x")
+    monkeypatch.setattr(demo, "_train", lambda *args: pytest.fail("trained"))
+    with pytest.raises(FileExistsError, match=r"--out .* weights/notes\.txt in it"):
+        demo.main()
+    assert (out / "weights" / "notes.txt").read_text() == "x"
 
 
 def test_the_demo_leaves_pictures_and_numbers(tmp_path, monkeypatch, capsys):

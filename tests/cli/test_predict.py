@@ -101,12 +101,52 @@ def test_a_failure_while_writing_leaves_nothing(command, weights, video, out, tm
 
 def test_an_existing_folder_is_kept_unless_forced(refused, command, weights, video, out):
     out.mkdir()
-    (out / "precious").write_text("x")
+    (out / "strip.png").write_text("x")
     args = ("predict", video, "--weights", weights, "--out", out, "--horizon", 2)
-    assert "exists already; --force" in refused(*args)
-    assert [path.name for path in out.iterdir()] == ["precious"]
+    assert f"--out {out} exists already; --force" in refused(*args)
+    assert [path.name for path in out.iterdir()] == ["strip.png"]
     assert command(*args, "--force")[0] == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def test_force_takes_nothing_away_that_predict_did_not_write(refused, weights, video, tmp_path):
+    before = video.read_bytes()
+    assert "film.avi in it" in refused("predict", video, "--weights", weights, "--out", tmp_path, "--force")
+    assert video.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["film.avi"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_by_its_option(refused, weights, video, tmp_path):
+    said = refused("predict", video, "--weights", weights, "--out", video / "out")
+    assert f"--out {video / 'out'} cannot be made: {video} is a file" in said
+
+
+def test_a_start_before_the_video_is_refused(refused, weights, video, out):
+    said = refused("predict", video, "--weights", weights, "--out", out, "--start", -13)
+    assert "--start -13 given" in said
+    assert "12 frames" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("start", "told"), [(-5, True), (-6, False), (-3, False)])
+def test_a_video_that_ends_within_the_horizon_is_told(command, weights, video, out, start, told):
+    args = ("--weights", weights, "--out", out, "--horizon", 3, "--start", start)
+    code, _, err = command("predict", video, *args)
+    assert code == 0
+    assert ("ends after 2 of the 3 frames predicted" in err) is told
+
+
+def test_the_folder_of_a_run_stands_for_its_weights(command, weights, video, out, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "weights").symlink_to(weights)
+    assert command("predict", video, "--weights", run, "--out", out, "--horizon", 2)[0] == 0
+
+
+def test_a_refusal_of_the_operators_is_one_line(refused, weights, video, out):
+    with vpfast.backend("triton"):
+        assert "edlstm_gates" in refused("predict", video, "--weights", weights, "--out", out, "--device", "cpu")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from vpfast import backend, ops
+from vpfast.cli import answered
 from vpfast.models import MSPN
 from vpfast.ops.edlstm_gates.register import backends
 from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
 from vpfast.training.clips import dataset
 from vpfast.training.evaluation import BASELINE, MODEL, evaluate, markdown
-from vpfast.training.files import new_folder
+from vpfast.training.files import new_folder, refusal
 from vpfast.visual import side_by_side, write_gif, write_strip
 
 CONTEXT, HORIZON = 10, 10
@@ -39,6 +41,11 @@ class Stage(NamedTuple):
     steps: int
 
 
+# What the folder holds, and all that a second run may replace.
+FILES = frozenset(
+    {"metrics.md", "metrics.json", "prediction.gif", "strip.png", "weights"}
+    | {f"weights/{name}" for name in checkpoint.WEIGHTS_FILES}
+)
 TEST_CLIPS, SHOWN_CLIP = 200, 0
 
 NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_channels": 16}
@@ -46,12 +53,14 @@ NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_chann
 STAGES = (Stage(4, 2, steps=150), Stage(5, 5, steps=250), Stage(5, 10, steps=450))
 
 
-def main() -> None:
-    """Train, evaluate, draw, time; writes the folder ``--out`` and prints the tables."""
+def main() -> int:
+    """Train, evaluate, draw, time; writes the folder ``--out`` and prints the tables. Returns 0."""
     options = _options()
+    if (reason := refusal(options.out, FILES)) is not None:
+        raise FileExistsError(f"--out {options.out} {reason}")
     started = time.perf_counter()
     data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, speed=0.05, supersample=4, clips=100_000)
-    with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, replace=True) as folder:
+    with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, FILES) as folder:
         weights = _train(data, Path(scratch), options.scale)
         model, _ = checkpoint.read_weights(weights)
         shutil.copytree(weights, folder / "weights")
@@ -68,6 +77,7 @@ def main() -> None:
     print(f"\nMSE of the prediction {mse[MODEL]:.4f}, of repeating the last frame {mse[BASELINE]:.4f}")
     print(f"pictures and numbers in {options.out}/, after {time.perf_counter() - started:.0f} s:")
     print("  " + "  ".join(sorted(path.name for path in options.out.iterdir())))
+    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -157,4 +167,4 @@ def _median_ms(work: Callable[[], object], repeats: int = 9) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main, "python -m vpfast.cli.demo"))

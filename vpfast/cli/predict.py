@@ -1,6 +1,7 @@
 """``vpfast predict``: how a video goes on, as pictures and numbers."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from vpfast.cli import Parser
 from vpfast.data import VideoError, read_video
 from vpfast.training.checkpoint import read_weights
-from vpfast.training.files import new_folder
+from vpfast.training.device import pick_device
+from vpfast.training.files import new_folder, refusal
 from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
 
 DESCRIPTION = """Predict the frames that follow `context` real frames of a video. The output folder receives:
@@ -23,11 +25,21 @@ DESCRIPTION = """Predict the frames that follow `context` real frames of a video
   strip.png        the frames in rows: what really happened and the difference where known, and the prediction"""
 
 
+# What an output folder holds, and all that --force may take away with it.
+FILES = frozenset({"prediction.npy", "prediction.gif", "prediction.mp4", "strip.png"})
+
+
 def run(argv: Sequence[str]) -> int:
     """Predict and write; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
-    if options.out.exists() and not options.force:
-        raise FileExistsError(f"--out {options.out} exists already; --force replaces it, or choose another folder")
+    replace: bool | frozenset[str] = FILES if options.force else False
+    if (reason := refusal(options.out, replace)) is not None:
+        hint = (
+            ""
+            if options.force or not options.out.is_dir()
+            else "; --force replaces an earlier prediction, or choose another folder"
+        )
+        raise FileExistsError(f"--out {options.out} {reason}{hint}")
     model, trained = read_weights(options.weights)
     model.eval()
     if options.context is None:
@@ -36,11 +48,17 @@ def run(argv: Sequence[str]) -> int:
         options.size = trained.data.frame_size
     frames = _read(options, channels=model.config.in_channels)
     context, future = frames[: options.context], frames[options.context :]
-    device = torch.device("cuda" if torch.cuda.is_available() and options.device == "auto" else "cpu")
+    device = pick_device(options.device)
     predicted = model.to(device).predict(context.unsqueeze(0).to(device), horizon=options.horizon)
     prediction = predicted[0].float().clamp(0, 1).cpu()
-    with new_folder(options.out, replace=options.force) as folder:
+    with new_folder(options.out, replace) as folder:
         _write(folder, context, prediction, future, options.fps)
+    if 0 < future.shape[0] < options.horizon:
+        print(
+            f"vpfast: {options.video} ends after {future.shape[0]} of the {options.horizon} frames predicted, so what "
+            f"really followed is not shown; --horizon {future.shape[0]} shows it",
+            file=sys.stderr,
+        )
     print(f"{options.horizon} frames predicted from {options.context} of {options.video}: {options.out}")
     return 0
 
@@ -62,8 +80,8 @@ def _parse(argv: Sequence[str]) -> Any:
         "--size", type=_positive, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
     )
     parser.add_argument("--fps", type=_positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if there is one")
-    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if it can")
+    parser.add_argument("--force", action="store_true", help="replace the output folder of an earlier prediction")
     return parser.parse_args(argv)
 
 
@@ -82,7 +100,10 @@ def _read(options: Any, channels: int) -> Tensor:
         at_least = options.context
         frames = read_video(options.video, size, channels, options.start, count=wanted, at_least=at_least)
     else:
-        frames = read_video(options.video, size, channels)[options.start :][:wanted]
+        video = read_video(options.video, size, channels)
+        if -options.start > video.shape[0]:
+            raise VideoError(f"{options.video}: --start {options.start} given, but it has {video.shape[0]} frames")
+        frames = video[options.start :][:wanted]
         if frames.shape[0] < options.context:
             raise VideoError(
                 f"{options.video}: {frames.shape[0]} frames from --start {options.start} on, "

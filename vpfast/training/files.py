@@ -57,7 +57,7 @@ def refusal(path: Path, replace: bool | Collection[str] = False) -> str | None:
     if path == Path.cwd():
         return "is the current folder, which cannot be replaced"
     if replace is not True:
-        for inside in sorted(path.rglob("*")):
+        for inside in path.rglob("*"):
             name = inside.relative_to(path).as_posix()
             if name not in replace:
                 return f"cannot be replaced: {name} in it is not of vpfast's making; move it away, or choose another"
