@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from vpfast.data import VideoError, VideoFolder, read_video, video_folder
+from vpfast.data import DataError, VideoError, VideoFolder, read_video, video_folder
 from vpfast.data._files import natural_key
 
 
@@ -152,6 +152,19 @@ def test_an_altered_video_and_a_damaged_cache_are_decoded_again(folder, cache, m
     assert torch.equal(VideoFolder(folder, length=5, cache=cache, include=["run2*"])[1], _direct(folder, 5))
     make_video("clips/run2.avi", pattern(20, 32, 48)[::-1], "mpeg4")
     assert torch.equal(VideoFolder(folder, length=5, cache=cache, include=["run2*"])[1], _direct(folder, 5))
+
+
+@pytest.mark.parametrize("harm", [lambda array: array.unlink(), lambda array: array.write_bytes(b"")])
+def test_a_cache_lost_after_construction_says_what_to_do(folder, cache, harm):
+    data = VideoFolder(folder, length=5, cache=cache, include=["run2*"])
+    harm(data.videos[0].array)
+    with pytest.raises(
+        DataError, match=r"npy: the decoded frames of .*run2\.avi can no longer be read .* build the data"
+    ):
+        data[0]
+    again = VideoFolder(folder, length=5, cache=cache, include=["run2*"])
+    assert torch.equal(again[1], _direct(folder, 5))
+    assert torch.equal(data[1], _direct(folder, 5))
 
 
 def _direct(folder, start):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vpfast.data._files import natural_key, replacing
-from vpfast.data.errors import VideoError
+from vpfast.data.errors import DataError, VideoError
 from vpfast.data.resize import Fit, Size, parse_size
 from vpfast.data.video import IMAGE_SUFFIXES, images_in, iter_video
 
@@ -47,7 +47,13 @@ class Video:
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
         # Mapped anew for every window: a map held open costs a file descriptor, and data sets have thousands of videos.
         offset = _HEADER_BYTES + start * int(np.prod(self.shape[1:]))
-        return np.array(np.memmap(self.array, np.uint8, "r", offset, (count, *self.shape[1:])))
+        try:
+            return np.array(np.memmap(self.array, np.uint8, "r", offset, (count, *self.shape[1:])))
+        except (OSError, ValueError) as error:  # ValueError: shorter than it was
+            raise DataError(
+                f"{self.array}: the decoded frames of {self.path} can no longer be read ({error}); "
+                "build the data set again, which decodes what its cache lacks"
+            ) from error
 
 
 class VideoFolder(Dataset[Tensor]):
