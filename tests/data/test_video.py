@@ -76,6 +76,7 @@ def test_too_few_frames_names_both_numbers(make_video, options, needed):
     [
         ({"start": -1}, "start=-1"),
         ({"count": 0}, "count=0"),
+        ({"at_least": 0}, "at_least=0"),
         ({"channels": 2}, "channels must be 3"),
         ({"size": 0}, "size must be"),
         ({"size": (8, 8, 8)}, "size must be"),
@@ -241,13 +242,95 @@ def test_truncated_files(make_video, name, codec, pattern):
         read_video(path)
 
 
-def test_a_file_cut_between_two_frames_is_read_with_a_warning(make_video, pattern):
-    path = make_video("a.avi", pattern(40, 64, 96), "mpeg4", pts=range(40))
-    content = path.read_bytes()
-    frames = [at for at in range(len(content) - 4) if content[at : at + 4] == b"00dc"]
-    path.write_bytes(content[: frames[20]])
-    with pytest.warns(UserWarning, match=r"a.avi: ends after \d+ frames, \d+% of the time announced"):
-        assert len(read_video(path)) in (19, 20)
+@pytest.fixture
+def cut_between_frames(make_video, pattern, tmp_path):
+    """Makes ``a.mp4``, whose index at the beginning announces 80 frames, and cuts it after so many."""
+    import av
+
+    def make(frames):
+        path = tmp_path / "a.mp4"
+        with (
+            av.open(str(make_video("whole.mp4", pattern(80, 64, 96), "mpeg4", pts=range(80)))) as source,
+            av.open(str(path), "w", options={"movflags": "faststart"}) as target,
+        ):
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+        with av.open(str(path)) as whole:
+            starts = [packet.pos for packet in whole.demux(video=0) if packet.size]
+        path.write_bytes(path.read_bytes()[: starts[frames]])
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("frames", [2, 40, 70])
+def test_a_file_cut_between_two_frames_is_refused(cut_between_frames, frames):
+    path = cut_between_frames(frames)
+    with pytest.raises(VideoError, match=rf"a.mp4: ends after {frames} frames, \d+% of the time announced"):
+        read_video(path)
+    assert len(read_video(path, count=1)) == 1
+
+
+def test_a_few_frames_too_few_are_a_warning_where_the_reader_is_called(cut_between_frames):
+    path = cut_between_frames(74)
+    with pytest.warns(UserWarning, match=r"a.mp4: ends after 74 frames, 92% of the time announced") as caught:
+        assert len(read_video(path)) == 74
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_guessed_duration_refuses_nothing(cut_between_frames, monkeypatch):
+    monkeypatch.setattr("vpfast.data.video._DURATION_GUESSED", {"mov,mp4,m4a,3gp,3g2,mj2"})
+    with pytest.warns(UserWarning, match="was it cut off"):
+        assert len(read_video(cut_between_frames(40))) == 40
+
+
+@pytest.fixture
+def gif(tmp_path):
+    """The bytes of a GIF of nine colourful frames, each with a palette of its own, and the file they are in."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (9, 20, 30, 3), dtype=np.uint8)
+    images = [Image.fromarray(frame) for frame in noise]
+    path = tmp_path / "a.gif"
+    images[0].save(path, save_all=True, append_images=images[1:], comment=b"x" * 600)
+    assert len(read_video(path)) == 9
+    return path, path.read_bytes()
+
+
+def test_a_gif_cut_anywhere_is_refused(gif):
+    path, content = gif
+    for length in range(20, len(content), 97):
+        path.write_bytes(content[:length])
+        cut_off = rf"a\.gif: (a GIF that is cut off, it ends at offset {length}|not a video)"
+        with pytest.raises(VideoError, match=cut_off):
+            read_video(path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(VideoError, match=f"ends at offset {len(content) - 1} without a trailer"):
+        read_video(path)
+
+
+def test_a_gif_with_a_foreign_block_is_refused_and_bytes_after_its_end_are_not(gif):
+    path, content = gif
+    path.write_bytes(content + b"\0notes")
+    assert len(read_video(path)) == 9
+    path.write_bytes(content[:-1] + b"\x99;")
+    with pytest.raises(VideoError, match=rf"no block can start with 0x99 \(offset {len(content) - 1}\)"):
+        read_video(path)
+
+
+def test_damage_that_motion_jpeg_could_paint_over_is_refused(make_video):
+    noise = np.random.default_rng(1).integers(0, 256, (10, 64, 96, 3), dtype=np.uint8)
+    path = make_video("a.avi", noise, "mjpeg", "yuvj420p")
+    content = bytearray(path.read_bytes())
+    starts = [at for at in range(len(content) - 4) if content[at : at + 4] == b"00dc"]
+    middle = (starts[5] + starts[6]) // 2
+    content[middle : middle + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=r"a.avi: .*damaged"):
+        read_video(path)
 
 
 def test_damage_in_the_middle_is_not_passed_on(make_video, pattern):
@@ -256,7 +339,7 @@ def test_damage_in_the_middle_is_not_passed_on(make_video, pattern):
     middle = len(content) // 2
     content[middle : middle + 200] = np.random.default_rng(0).bytes(200)
     path.write_bytes(content)
-    with pytest.raises(VideoError, match=r"a.avi: .*frame"):
+    with pytest.raises(VideoError, match=r"a.avi: .*damaged"):
         read_video(path)
 
 

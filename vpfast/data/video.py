@@ -26,6 +26,9 @@ _CONTAINERS = (
     "yuv4mpegpipe,rawvideo"
 )
 
+# They hold no duration: FFmpeg guesses it from time stamps, which may jump, or from the bit rate.
+_DURATION_GUESSED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "mjpeg", "obu", "dv"})
+
 
 def read_video(
     path: str | os.PathLike[str],
@@ -51,12 +54,16 @@ def read_video(
         at_least: how few frames will do; by default ``count``, or 1 without one.
 
     Raises:
-        VideoError: missing, unreadable, empty, damaged, no video in it, fewer frames than asked; names the file.
+        VideoError: missing, unreadable, empty, damaged, cut off, no video in it, fewer frames than asked; names the
+            file.
         ValueError: arguments out of their range.
         ImportError: without PyAV (or Pillow, for images); says what to install.
     """
-    if start < 0 or (count is not None and count < 1):
-        raise ValueError(f"start must be at least 0 and count at least 1 or None, got start={start}, count={count}")
+    if start < 0 or any(number is not None and number < 1 for number in (count, at_least)):
+        raise ValueError(
+            "start must be at least 0, count and at_least at least 1 or None, "
+            f"got start={start}, count={count}, at_least={at_least}"
+        )
     needed = at_least or count or 1
     stop = None if count is None else start + count
     seen, frames = 0, []
@@ -128,6 +135,7 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     av = _import_av()
     _check_file(path)
     decoded = ended = announced = 0
+    guessed = False
     try:
         with av.open(
             f"file:{path}",
@@ -135,6 +143,9 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
             metadata_errors="replace",
         ) as container:
             stream = _video_stream(container, path)
+            if container.format.name == "gif":
+                _check_gif(path)
+            stream.codec_context.options = {"err_detect": "explode"}  # else much damage is painted over in silence
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 if frame.is_corrupt:
@@ -144,16 +155,20 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
                 if frame.pts is not None:
                     ended = frame.pts + (frame.duration or 0) - (stream.start_time or 0)
             announced = stream.duration or 0
+            guessed = container.format.name in _DURATION_GUESSED
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
-        raise VideoError(f"{path}: not a video that can be decoded{where} ({_reason(error, path)})") from error
+        raise VideoError(
+            f"{path}: not a video that can be decoded{where}, or a damaged one ({_reason(error, path)})"
+        ) from error
     if decoded == 0:
         raise VideoError(f"{path}: holds a video stream without a single frame")
-    if decoded > 1 and ended * decoded < 0.95 * announced * (decoded - 1):  # the last duration may be unknown
-        warnings.warn(
-            f"{path}: ends after {decoded} frames, {ended / announced:.0%} of the time announced; was it cut off?",
-            stacklevel=2,
-        )
+    expected = announced * (decoded - 1) / decoded  # the last duration may be unknown
+    if decoded > 1 and ended < 0.95 * expected:
+        message = f"{path}: ends after {decoded} frames, {ended / announced:.0%} of the time announced; was it cut off?"
+        if ended < 0.9 * expected and not guessed:
+            raise VideoError(message)
+        warnings.warn(message, stacklevel=4)  # past the generators, to who called read_video
 
 
 def _import_av() -> ModuleType:
@@ -175,6 +190,36 @@ def _check_file(path: Path) -> None:
                 raise VideoError(f"{path}: an empty file (0 bytes)")
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check_gif(path: Path) -> None:
+    """Walk over the blocks to the trailer: FFmpeg plays a GIF that was cut off as one with fewer frames."""
+    with open(path, "rb") as file:
+
+        def take(count: int) -> bytes:
+            data = file.read(count)
+            if len(data) < count:
+                raise VideoError(
+                    f"{path}: a GIF that is cut off, it ends at offset {file.tell()} without a trailer; "
+                    "copy or make the file again"
+                )
+            return data
+
+        def skip_colours(flags: int) -> None:
+            if flags & 0x80:
+                take(3 << (flags & 7) + 1)
+
+        skip_colours(take(13)[10])
+        while (kind := take(1)[0]) != 0x3B:
+            if kind == 0x2C:  # an image
+                skip_colours(take(9)[8])
+            elif kind != 0x21:  # an extension
+                raise VideoError(
+                    f"{path}: a damaged GIF, no block can start with 0x{kind:02X} (offset {file.tell() - 1})"
+                )
+            take(1)  # the extension's label, or the size of the image's codes
+            while size := take(1)[0]:
+                take(size)
 
 
 def _video_stream(container: Any, path: Path) -> Any:
