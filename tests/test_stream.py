@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def test_rollout_is_predict_and_does_not_move_on(model: MSPN) -> None:
     expected = model.predict(FRAMES[:, :3], 4)
     for count in (4, 1, 4):
         assert torch.equal(stream.rollout(count), expected[:, :count])
+    assert torch.equal(stream.rollout(np.int64(2)), expected[:, :2])
     assert torch.equal(last, expected[:, 0])
     assert torch.equal(stream.push(FRAMES[:, 3]), model.predict(FRAMES[:, :4], 1)[:, 0])
 
@@ -83,10 +85,12 @@ def test_refused(model: MSPN) -> None:
     with pytest.raises(ValueError, match=r"got \(8, 12\)"):
         stream.push(FRAMES[0, 0, 0])
     stream.push(FRAMES[0, 0])
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
         stream.rollout(0)
     with pytest.raises(TypeError, match=r"got 2\.5"):
         stream.rollout(2.5)
+    with pytest.raises(TypeError, match="got True"):
+        stream.rollout(True)
     with pytest.raises(TypeError, match="got list"):
         stream.push([1])
 

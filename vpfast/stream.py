@@ -5,6 +5,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from vpfast.models._frames import check_count
+
 S = TypeVar("S")
 
 
@@ -74,10 +76,7 @@ class Stream(Generic[S]):
         """
         if self._state is None:
             raise ValueError("nothing to continue: push at least one frame before rollout")
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"rollout needs a whole number of frames, got {count!r}")
-        if count < 1:
-            raise ValueError(f"rollout needs a count of at least 1, got {count}")
+        count = check_count("count", count, lowest=1)
         state, frames = self._state, []
         for _ in range(count):
             prediction, state = self.model.step(None, state)

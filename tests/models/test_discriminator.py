@@ -57,6 +57,16 @@ def test_gradients_reach_frames_and_a_flat_frame_scores_a_number() -> None:
 
 
 def test_refused_sizes() -> None:
-    for shape in ((2, 1, 8, 8), (2, 3, 8, 12), (1, 8, 12)):
-        with pytest.raises(ValueError, match=r"\(\.\.\., 1, 8, 12\), which its `size` sets; got"):
+    for shape in ((2, 1, 8, 8), (2, 3, 8, 12), (1, 8, 12), (1, 1, 1, 1, 8, 12)):
+        with pytest.raises(ValueError, match=r"\(N, 1, 8, 12\) or \(B, T, 1, 8, 12\), which its `size` sets; got"):
             small()(torch.zeros(shape))
+
+
+def test_refused_types() -> None:
+    for dtype, message in ((torch.uint8, r"floating point.*torch\.uint8.*/ 255"), (torch.float64, r"torch\.float64")):
+        with pytest.raises(TypeError, match=message):
+            small()(torch.zeros(2, 1, 8, 12, dtype=dtype))
+    with pytest.raises(TypeError, match="must be a tensor, got list"):
+        small()([])
+    with pytest.raises(ValueError, match="frames are on meta and the model on cpu"):
+        small()(torch.zeros(2, 1, 8, 12, device="meta"))

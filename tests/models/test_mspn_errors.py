@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,18 +67,34 @@ def test_frames_on_another_device(model: MSPN) -> None:
 
 
 def test_horizon_and_feedback_refused(model: MSPN) -> None:
-    with pytest.raises(ValueError, match="0 or more, got -1"):
+    with pytest.raises(ValueError, match="horizon must be 0 or more, got -1"):
         model(GOOD, -1)
-    for horizon in (2.0, True, "3"):
+    for horizon in (2.0, True, np.True_, "3"):
         with pytest.raises(TypeError, match="horizon must be an integer"):
             model.predict(GOOD, horizon)
-    with pytest.raises(ValueError, match="feedback must be 'attached' or 'detached', got 'none'"):
+    with pytest.raises(ValueError, match="feedback must be one of 'attached', 'detached', got 'none'"):
         model(GOOD, 1, feedback="none")
+    state = model.init_state(1, 16, 24)
+    for frame in (None, GOOD[:, 0]):
+        with pytest.raises(ValueError, match="feedback must be one of 'attached', 'detached', got 'foo'"):
+            model.step(frame, state, feedback="foo")
+
+
+def test_any_whole_number_is_a_horizon(model: MSPN) -> None:
+    expected = model.predict(GOOD, 2)
+    for horizon in (np.int64(2), np.uint8(2), torch.tensor(2)):
+        assert torch.equal(model.predict(GOOD, horizon), expected)
 
 
 def test_streaming_refused(model: MSPN) -> None:
     with pytest.raises(ValueError, match="height 12 is not a multiple of 8"):
         model.init_state(1, 12, 24)
+    with pytest.raises(ValueError, match="batch_size must be 0 or more, got -1"):
+        model.init_state(-1, 16, 24)
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 1\.0"):
+        model.init_state(1.0, 16, 24)
+    with pytest.raises(TypeError, match=r"width must be an integer, got 24\.0"):
+        model.init_state(1, 16, 24.0)
     state = model.init_state(1, 16, 24)
     for frame, error, message in (
         (GOOD, ValueError, r"\(B, C, H, W\), got 5 dimensions"),

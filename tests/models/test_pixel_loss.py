@@ -8,12 +8,15 @@ from torch import Tensor
 
 from vpfast.models import MSPN, MSPNConfig, MSPNOutput
 from vpfast.models.mspn import pixel_loss
+from vpfast.models.mspn.config import DownSampling
 
 
-def example(dtype: torch.dtype = torch.float64) -> tuple[MSPNOutput, Tensor]:
+def example(dtype: torch.dtype = torch.float64, down_sampling: DownSampling = "nearest") -> tuple[MSPNOutput, Tensor]:
     random = torch.Generator().manual_seed(0)
     levels = (torch.rand(2, 4, 3, 8 >> n, 16 >> n, generator=random, dtype=torch.float64).to(dtype) for n in range(3))
-    return MSPNOutput(tuple(levels)), torch.rand(2, 4, 3, 8, 16, generator=random, dtype=torch.float64).to(dtype)
+    return MSPNOutput(tuple(levels), down_sampling), torch.rand(
+        2, 4, 3, 8, 16, generator=random, dtype=torch.float64
+    ).to(dtype)
 
 
 def by_hand(output: MSPNOutput, frames: Tensor, norm: str, level_weights: str, down_sampling: str) -> float:
@@ -43,9 +46,10 @@ def by_hand(output: MSPNOutput, frames: Tensor, norm: str, level_weights: str, d
 @pytest.mark.parametrize("down_sampling", ["nearest", "average"])
 @pytest.mark.parametrize("level_weights", ["paper", "uniform"])
 @pytest.mark.parametrize("norm", ["sum_squares", "l2", "mse"])
-def test_formulas(norm: str, level_weights: str, down_sampling: str) -> None:
-    output, frames = example()
-    loss = pixel_loss(output, frames, norm, level_weights, down_sampling)
+def test_formulas(norm: str, level_weights: str, down_sampling: DownSampling) -> None:
+    output, frames = example(down_sampling=down_sampling)
+    loss = pixel_loss(output, frames, norm, level_weights)
+    assert pixel_loss(output, frames, norm, level_weights, down_sampling).item() == loss.item()
     assert loss.shape == ()
     assert loss.item() == pytest.approx(by_hand(output, frames, norm, level_weights, down_sampling), rel=1e-12)
 
@@ -63,7 +67,7 @@ def test_first_step_has_no_weight(norm: str) -> None:
     loss = pixel_loss(output, frames, norm)
     for prediction in output.predictions:
         prediction[:, 0] = math.nan
-    frames[:, 0] = 7
+    frames[:, 0] = 1.5
     assert pixel_loss(output, frames, norm).item() == loss.item()
 
 
@@ -72,7 +76,7 @@ def test_a_perfect_prediction_costs_nothing_and_has_a_gradient(norm: str) -> Non
     """The Euclidean norm has a kink at zero, where its gradient must not be NaN."""
     _, frames = example()
     prediction = frames.clone().requires_grad_()
-    loss = pixel_loss(MSPNOutput((prediction,)), frames, norm)
+    loss = pixel_loss(MSPNOutput((prediction,), "nearest"), frames, norm)
     loss.backward()
     assert loss.item() == 0
     assert prediction.grad is not None
@@ -83,20 +87,56 @@ def test_half_precision_sums_in_float32() -> None:
     output, frames = example(torch.float16)
     loss = pixel_loss(output, frames)
     assert loss.dtype == torch.float32
-    exact = MSPNOutput(tuple(prediction.double() for prediction in output.predictions))
+    exact = MSPNOutput(tuple(prediction.double() for prediction in output.predictions), "nearest")
     assert loss.item() == pytest.approx(pixel_loss(exact, frames.double()).item(), rel=1e-5)
 
 
 def test_refused() -> None:
     output, frames = example()
-    for option, value in (("norm", "l1"), ("level_weights", "none"), ("down_sampling", "max")):
+    for option, value in (("norm", "l1"), ("level_weights", "none")):
         with pytest.raises(ValueError, match=f"{option} must be one of .*, got '{value}'"):
             pixel_loss(output, frames, **{option: value})
     with pytest.raises(ValueError, match=r"all 4 steps, \(2, 4, 3, 8, 16\), got \(2, 3, 3, 8, 16\)"):
         pixel_loss(output, frames[:, :3])
-    single = MSPNOutput(tuple(prediction[:, :1] for prediction in output.predictions))
+    single = MSPNOutput(tuple(prediction[:, :1] for prediction in output.predictions), "nearest")
     with pytest.raises(ValueError, match="at least 2 steps"):
         pixel_loss(single, frames[:, :1])
+    with pytest.raises(ValueError, match=r"down_sampling must be one of .*, got 'max'"):
+        pixel_loss(output._replace(down_sampling="max"), frames)
+    with pytest.raises(ValueError, match="made with down_sampling='nearest', got 'average'; leave"):
+        pixel_loss(output, frames, down_sampling="average")
+
+
+def test_frames_refused() -> None:
+    output, frames = example(torch.float32)
+    for wrong, error, message in (
+        ((frames * 255).byte(), TypeError, r"floating point.*torch\.uint8.*/ 255"),
+        (frames.numpy(), TypeError, "must be a tensor, got ndarray"),
+        (frames * 255, ValueError, r"\[0, 1\], but reach from .*dividing by 255"),
+        (frames * 8 - 4, ValueError, "scale them first"),
+        (frames / 0, ValueError, "must be finite"),
+        (frames.to("meta"), ValueError, "frames are on meta and the predictions on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            pixel_loss(output, wrong)
+
+
+def test_values_are_not_read_where_they_cannot_be() -> None:
+    output, frames = example(torch.float32)
+    compiled = torch.compile(pixel_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(output, frames), pixel_loss(output, frames))
+    meta = MSPNOutput(tuple(prediction.to("meta") for prediction in output.predictions), "nearest")
+    assert pixel_loss(meta, frames.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("down_sampling", ["nearest", "average"])
+def test_targets_are_made_as_the_model_makes_them(down_sampling: DownSampling) -> None:
+    torch.manual_seed(0)
+    model = MSPN(MSPNConfig(1, (2, 3, 4), 2, 2, down_sampling=down_sampling))
+    frames = torch.rand(1, 3, 1, 8, 8)
+    output = model(frames)
+    expected = by_hand(output, frames, "sum_squares", "paper", down_sampling)
+    assert pixel_loss(output, frames).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_few_updates_reduce_it() -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vpfast.nn._common import as_integer, autocast_converts
+
 LOWEST, HIGHEST = -0.5, 1.5
 """Accepted values: [0, 1] with room for predictions, which are not clamped, to be fed back."""
 
@@ -30,14 +32,13 @@ def check_frames(frames: Tensor, names: str, channels: int, multiple: int, weigh
         raise TypeError(f"frames must be a tensor ({names}), got {type(frames).__name__}")
     if frames.dim() != names.count(",") + 1:
         raise ValueError(f"frames must be ({names}), got {frames.dim()} dimensions: {tuple(frames.shape)}")
-    _check_type(frames, weight)
+    check_type(frames, weight)
     if frames.shape[-3] != channels:
         raise ValueError(
             f"frames ({names}) have {frames.shape[-3]} channels, but the model was built with in_channels={channels}"
         )
     check_size(frames.shape[-2], frames.shape[-1], multiple)
-    if _values_can_be_read(frames):
-        check_values(frames)
+    check_values(frames)
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -51,17 +52,19 @@ def check_size(height: int, width: int, multiple: int) -> None:
             )
 
 
-def check_horizon(horizon: int) -> None:
-    """Raise unless ``horizon`` is a whole number of frames, 0 or more."""
-    if isinstance(horizon, bool) or not isinstance(horizon, int):
-        raise TypeError(f"horizon must be an integer, got {horizon!r}")
-    if horizon < 0:
-        raise ValueError(f"horizon is the number of frames to predict, 0 or more, got {horizon}")
+def check_count(name: str, count: int, lowest: int = 0) -> int:
+    """``count`` as an int; raise TypeError unless it is a whole number, ValueError where it is below ``lowest``."""
+    whole = as_integer(count)
+    if whole is None:
+        raise TypeError(f"{name} must be an integer, got {count!r}")
+    if whole < lowest:
+        raise ValueError(f"{name} must be {lowest} or more, got {whole}")
+    return whole
 
 
 def check_values(frames: Tensor) -> None:
-    """Raise ValueError for NaN, infinity, or values far outside [0, 1]."""
-    if frames.numel() == 0:
+    """Raise ValueError for NaN, infinity, or values far outside [0, 1], where values can be read at all."""
+    if not _values_can_be_read(frames) or frames.numel() == 0:
         return
     low, high = torch.stack(torch.aminmax(frames.detach())).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -71,20 +74,29 @@ def check_values(frames: Tensor) -> None:
         raise ValueError(f"frames must lie in [0, 1], but reach from {low:.6g} to {high:.6g}; {_advice(low, high)}")
 
 
-def _check_type(frames: Tensor, weight: Tensor) -> None:
+def check_type(frames: Tensor, weight: Tensor) -> None:
+    """Raise unless ``frames`` are floating point, on the device of ``weight`` and, without autocast, of its type."""
+    check_float(frames)
+    check_device(frames, weight, "model")
+    if frames.dtype != weight.dtype and not autocast_converts(frames, weight):
+        raise TypeError(f"frames are {frames.dtype} and the model's weights {weight.dtype}; convert one of them")
+
+
+def check_float(frames: Tensor) -> None:
+    """Raise TypeError unless ``frames`` is a floating-point tensor."""
+    if not isinstance(frames, Tensor):
+        raise TypeError(f"frames must be a tensor, got {type(frames).__name__}")
     if not frames.is_floating_point():
         raise TypeError(
             f"frames must be floating point in [0, 1], got {frames.dtype}; 8-bit pixels become that by "
             "frames.float() / 255"
         )
-    if frames.device != weight.device:
-        raise ValueError(f"frames are on {frames.device} and the model on {weight.device}; move one of them")
-    if frames.dtype != weight.dtype and not _autocast_converts(frames, weight):
-        raise TypeError(f"frames are {frames.dtype} and the model's weights {weight.dtype}; convert one of them")
 
 
-def _autocast_converts(frames: Tensor, weight: Tensor) -> bool:
-    return torch.is_autocast_enabled(weight.device.type) and torch.float64 not in (frames.dtype, weight.dtype)
+def check_device(frames: Tensor, beside: Tensor, name: str) -> None:
+    """Raise ValueError unless both tensors are on one device; ``name`` says what ``beside`` stands for."""
+    if frames.device != beside.device:
+        raise ValueError(f"frames are on {frames.device} and the {name} on {beside.device}; move one of them")
 
 
 def _values_can_be_read(frames: Tensor) -> bool:

@@ -64,7 +64,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(folder: str | os.PathLike[str]) -> nn.Module:
-    """The model that :func:`save` wrote into ``folder``: on the CPU, in its saved type, in training mode.
+    """The model that :func:`save` wrote into ``folder``: on the CPU, in its saved type, ready to predict.
+
+    It is in evaluation mode, so that batch norm uses and keeps the saved statistics; ``.train()`` it to train on.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -88,7 +90,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
         model = model_class(config)
     _check_state(folder / WEIGHTS, state, model.state_dict())
     model.load_state_dict(state, assign=True)
-    return model
+    return model.eval()
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

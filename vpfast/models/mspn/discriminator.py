@@ -6,12 +6,13 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.models._frames import check_type
 from vpfast.models.mspn.released import convert_discriminator
 from vpfast.nn.bottleneck import LEAK, Bottleneck
 
 
 class Discriminator(nn.Module):
-    """Frames (.., C, H, W) in [0, 1] -> scores (..): the higher, the more real.
+    """Frames (N, C, H, W) or clips (B, T, C, H, W) -> one score a frame: the higher, the more real.
 
     The whole input is first standardised by its own mean and standard deviation, so a score depends on the frames it
     comes with. Then a 7x7 convolution, and for every further width a Bottleneck with batch norm and a 2x2 max pool,
@@ -45,12 +46,15 @@ class Discriminator(nn.Module):
         """(N, C, H, W) -> (N,), or (B, T, C, H, W) -> (B, T).
 
         Raises:
-            ValueError: frames of another size or number of channels.
+            TypeError: frames that are not floating point, or of another type than the weights.
+            ValueError: frames of another size, number of channels or dimensions, or on another device.
         """
+        check_type(frames, self.first.weight)
         expected = (self.in_channels, *self.frame_size)
-        if frames.dim() < 4 or tuple(frames.shape[-3:]) != expected:
+        if frames.dim() not in (4, 5) or tuple(frames.shape[-3:]) != expected:
+            sizes = ", ".join(map(str, expected))
             raise ValueError(
-                f"Discriminator takes frames of shape (..., {', '.join(map(str, expected))}), which its `size` sets; "
+                f"Discriminator takes frames of shape (N, {sizes}) or (B, T, {sizes}), which its `size` sets; "
                 f"got {tuple(frames.shape)}"
             )
         x = frames.flatten(0, -4)

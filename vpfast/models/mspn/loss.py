@@ -5,8 +5,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vpfast.models._frames import check_device, check_float, check_values
 from vpfast.models.mspn.config import DownSampling
 from vpfast.models.mspn.network import MSPNOutput, shrink
+from vpfast.nn._common import check_choice
 
 Norm = Literal["sum_squares", "l2", "mse"]
 LevelWeights = Literal["paper", "uniform"]
@@ -17,33 +19,42 @@ def pixel_loss(
     frames: Tensor,
     norm: Norm = "sum_squares",
     level_weights: LevelWeights = "paper",
-    down_sampling: DownSampling = "nearest",
+    down_sampling: DownSampling | None = None,
 ) -> Tensor:
     """The distance of every level's predictions from the real frames, as one number.
 
     Args:
         output: what the model gave for T frames and horizon k: predictions P of T + k steps.
-        frames: (B, T + k, C, H, W), the real frames f, those that the model did not see included.
+        frames: (B, T + k, C, H, W) in [0, 1], the real frames f, those that the model did not see included.
         norm: with d = P - f at time t and level l, and weights w_l,
 
             - ``"sum_squares"``: sum over t, l of w_l times the sum of d^2 over batch, channels, pixels (released code);
             - ``"l2"``: sum over t, l, batch of w_l times the Euclidean norm of d over channels and pixels (Eq. 5);
             - ``"mse"``: sum over l of w_l times the mean of d^2 over batch, t, channels and pixels.
         level_weights: ``"paper"``: w_l = (L - l) / L (Table I); ``"uniform"``: 1 (the released code).
-        down_sampling: how the frames of coarser levels are made: the model's ``config.down_sampling``.
+        down_sampling: how the frames of coarser levels are made. It follows from the output; where it is given, it must
+            be the same.
 
     The first step has weight 0: its prediction is made from nothing. Sums are float32 for half-precision predictions.
 
     Raises:
-        ValueError: an unknown option, fewer than two steps, or frames that do not have the shape of the predictions.
+        TypeError: frames that are not floating point.
+        ValueError: an unknown option, another ``down_sampling`` than the output's, fewer than two steps, or frames that
+            do not have the shape and device of the predictions, are not finite or lie far outside [0, 1] (values are
+            looked at as in ``MSPN.forward``).
     """
     for name, value, choices in (
         ("norm", norm, get_args(Norm)),
         ("level_weights", level_weights, get_args(LevelWeights)),
-        ("down_sampling", down_sampling, get_args(DownSampling)),
+        ("the output's down_sampling", output.down_sampling, get_args(DownSampling)),
     ):
-        if value not in choices:
-            raise ValueError(f"pixel_loss: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        check_choice("pixel_loss", name, value, choices)
+    if down_sampling not in (None, output.down_sampling):
+        raise ValueError(
+            f"pixel_loss: the output was made with down_sampling={output.down_sampling!r}, got {down_sampling!r}; "
+            "leave the argument out"
+        )
+    check_float(frames)
     finest = output.predictions[0]
     if frames.shape != finest.shape:
         raise ValueError(
@@ -52,6 +63,8 @@ def pixel_loss(
         )
     if frames.shape[1] < 2:
         raise ValueError("pixel_loss needs at least 2 steps: the first has weight 0; got 1")
+    check_device(frames, finest, "predictions")
+    check_values(frames)
 
     levels = len(output.predictions)
     targets = frames[:, 1:].flatten(0, 1)
@@ -59,7 +72,7 @@ def pixel_loss(
     for level, predictions in enumerate(output.predictions):
         weight = (levels - level) / levels if level_weights == "paper" else 1.0
         made = predictions[:, 1:].flatten(0, 1).to(total.dtype)
-        difference = made - shrink(targets, 2**level, down_sampling).to(total.dtype)
+        difference = made - shrink(targets, 2**level, output.down_sampling).to(total.dtype)
         total = total + weight * _reduce(difference, norm)
     return total
 

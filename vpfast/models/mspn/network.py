@@ -1,18 +1,18 @@
 """The multi-scale predictive network (paper, section III-A and Algorithm 1)."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.models._frames import check_frames, check_horizon, check_size
+from vpfast.models._frames import check_count, check_frames, check_size
 from vpfast.models.mspn.config import DownSampling, MSPNConfig
 from vpfast.models.mspn.released import convert_network
 from vpfast.models.storage import storable
 from vpfast.nn import EDLSTMCell, EncLSTMDecCell
-from vpfast.nn._common import State, memory_format, zero_state
+from vpfast.nn._common import State, check_choice, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import upsample
 
@@ -24,9 +24,11 @@ class MSPNOutput(NamedTuple):
 
     ``predictions``: one tensor a level, finest first, (B, T + horizon, C, H / 2^l, W / 2^l). Entry t is the prediction
     of frame t, made before that frame was seen; the first one is made from nothing. Values are not clamped.
+    ``down_sampling``: how the frames were made that the coarser levels predict, for the loss.
     """
 
     predictions: tuple[Tensor, ...]
+    down_sampling: DownSampling
 
 
 class Ahead(NamedTuple):
@@ -93,9 +95,8 @@ class MSPN(nn.Module):
                 while compiling, exporting or capturing a CUDA graph.
         """
         check_frames(frames, "B, T, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
-        check_horizon(horizon)
-        if feedback not in ("attached", "detached"):
-            raise ValueError(f"feedback must be 'attached' or 'detached', got {feedback!r}")
+        horizon = check_count("horizon", horizon)
+        check_choice("MSPN", "feedback", feedback, get_args(Feedback))
         batch_size, length, _, height, width = frames.shape
         if length == 0:
             raise ValueError("frames hold no time step (T = 0); give at least one frame")
@@ -104,7 +105,7 @@ class MSPN(nn.Module):
         for time in range(length + horizon):
             predictions, state = self._step(frames[:, time] if time < length else None, state, feedback)
             steps.append(predictions)
-        return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)))
+        return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)), self.config.down_sampling)
 
     @torch.no_grad()
     def predict(self, frames: Tensor, horizon: int) -> Tensor:
@@ -116,8 +117,11 @@ class MSPN(nn.Module):
         """The state before the first frame: zeros, on the device and in the type and layout of the weights.
 
         Raises:
-            ValueError: a size that does not divide.
+            TypeError: a batch size, height or width that is no integer.
+            ValueError: a negative batch size, or a height or width that does not divide.
         """
+        batch_size = check_count("batch_size", batch_size)
+        height, width = check_count("height", height), check_count("width", width)
         check_size(height, width, self.config.multiple)
         return self._zero_state(batch_size, height, width)
 
@@ -127,6 +131,7 @@ class MSPN(nn.Module):
         The prediction (B, C, H, W) is made before ``frame`` is looked at; with None it takes the frame's place. Frame
         by frame this gives exactly what ``forward`` gives. Errors as in ``forward``.
         """
+        check_choice("MSPN", "feedback", feedback, get_args(Feedback))
         if frame is not None:
             check_frames(frame, "B, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
             expected = (state.errors[0].shape[0], self.config.in_channels, *state.errors[0].shape[2:])
