@@ -162,29 +162,8 @@ VPFAST_INLINE void prefetch(const void* p) {
 template <class T>
 struct Lanes;  // the vector that a stored type is worked on in
 
-// How results are written. `streamed` goes past the caches: for results too large to be found there by whoever reads
-// them next, it spares reading every line before overwriting it. A thread that streamed ends with `fence()`.
-enum class Write { cached, streamed };
-
-VPFAST_INLINE void fence() {
-#if defined(VPFAST_HAS_X86_ISAS)
-  _mm_sfence();
-#endif
-}
-
 template <class Bits>
-VPFAST_INLINE void write(void* p, Bits bits, size_t bytes, Write how) {
-#if defined(VPFAST_HAS_X86_ISAS)
-  if (how == Write::streamed && bytes == sizeof(Bits) && reinterpret_cast<uintptr_t>(p) % sizeof(Bits) == 0) {
-#if VPFAST_ISA_LEVEL == 2
-    if constexpr (sizeof(Bits) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)bits);
-#endif
-#if VPFAST_ISA_LEVEL >= 1
-    if constexpr (sizeof(Bits) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)bits);
-#endif
-    if constexpr (sizeof(Bits) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)bits);
-  }
-#endif
+VPFAST_INLINE void write(void* p, Bits bits, size_t bytes) {
   if (bytes == sizeof(Bits)) {
     std::memcpy(p, &bits, sizeof(Bits));
   } else {
@@ -196,7 +175,7 @@ template <>
 struct Lanes<double> {
   using type = F64;
   static VPFAST_INLINE F64 load(const double* p, int) { return {*p}; }
-  static VPFAST_INLINE void store(double* p, F64 x, int, Write) { *p = x.v; }
+  static VPFAST_INLINE void store(double* p, F64 x, int) { *p = x.v; }
 };
 
 template <>
@@ -212,7 +191,7 @@ struct Lanes<float> {
     }
     return x;
   }
-  static VPFAST_INLINE void store(float* p, F32 x, int count, Write how) { write(p, x.v, sizeof(float) * count, how); }
+  static VPFAST_INLINE void store(float* p, F32 x, int count) { write(p, x.v, sizeof(float) * count); }
 };
 
 template <class T>
@@ -234,11 +213,11 @@ struct Lanes<torch::headeronly::BFloat16> {
   static VPFAST_INLINE F32 load(const T* p, int count) {
     return {(FloatLanes)(__builtin_convertvector(load_16bit(p, count), UintLanes) << 16)};
   }
-  static VPFAST_INLINE void store(T* p, F32 x, int count, Write how) {
+  static VPFAST_INLINE void store(T* p, F32 x, int count) {
     const UintLanes bits = (UintLanes)x.v;
     const UintLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     const UintLanes quiet_nan = (bits >> 16) | 0x40;
-    write(p, __builtin_convertvector(x.v == x.v ? rounded : quiet_nan, ShortLanes), sizeof(T) * count, how);
+    write(p, __builtin_convertvector(x.v == x.v ? rounded : quiet_nan, ShortLanes), sizeof(T) * count);
   }
 };
 
@@ -258,7 +237,7 @@ struct Lanes<torch::headeronly::Half> {
     return x;
 #endif
   }
-  static VPFAST_INLINE void store(T* p, F32 x, int count, Write how) {
+  static VPFAST_INLINE void store(T* p, F32 x, int count) {
 #if VPFAST_ISA_LEVEL == 2
     const ShortLanes bits = (ShortLanes)_mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT);
 #elif VPFAST_ISA_LEVEL == 1
@@ -267,6 +246,6 @@ struct Lanes<torch::headeronly::Half> {
     ShortLanes bits;
     for (int k = 0; k < kLanes; ++k) bits[k] = T(x.v[k]).x;
 #endif
-    write(p, bits, sizeof(T) * count, how);
+    write(p, bits, sizeof(T) * count);
   }
 };

@@ -11,8 +11,7 @@
 //
 // Bytes an element of s: forward 7 s (4 gates and c' read, h and c written), backward 12 s (4 gates, c', dh, dc read,
 // 4 dgates and dc' written). Nothing is saved but the inputs. The five exponentials take longer than the bytes, on two
-// AVX-512 cores by half: what counts is how many instructions they are, and how well they overlap. Large results are
-// written past the caches, which otherwise read every line before it is overwritten.
+// AVX-512 cores by half: what counts is how many instructions they are, and how well they overlap.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -40,7 +39,6 @@ struct Problem {
   const void *grad_h, *grad_c;  // null: a gradient of zeros
   int64_t grad_h_stride, grad_c_stride;
   void *grad_gates, *grad_c_prev;
-  bool streamed;  // results are written past the caches
 };
 
 }  // namespace
@@ -117,9 +115,6 @@ Problem plan(const Tensor& gates, const Tensor& c_prev, const std::string& order
   return p;
 }
 
-// Results past this size would push each other out of the caches before anyone reads them.
-constexpr int64_t kStreamedBytes = 32 << 20;
-
 // Small problems stay on one thread: waking another costs about as much as 16 thousand elements.
 constexpr int64_t kGrain = 16384;
 
@@ -141,7 +136,6 @@ std::tuple<Tensor, Tensor> forward(Tensor gates, Tensor c_prev, std::string orde
   Problem p = plan(gates, c_prev, order, layout);
   p.h = h.mutable_data_ptr();
   p.c = c.mutable_data_ptr();
-  p.streamed = h.numel() * (h.element_size() + c.element_size()) >= kStreamedBytes;
   run(kernel.forward[static_cast<int>(active_isa())], p);
   return {h, c};
 }
@@ -172,7 +166,6 @@ std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_h, std::optional<
   }
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_c_prev = grad_c_prev.mutable_data_ptr();
-  p.streamed = grad_gates.numel() * grad_gates.element_size() >= kStreamedBytes;
   run(kernel.backward[static_cast<int>(active_isa())], p);
   return {grad_gates, grad_c_prev};
 }

@@ -25,7 +25,6 @@ constexpr int kPiece = 256;
 template <class TG, class TC>
 struct ForwardBody {
   const Problem& p;
-  const Write how = p.streamed ? Write::streamed : Write::cached;
 
   VPFAST_INLINE void operator()(int64_t row, int64_t column, int count) const {
     using V = typename Lanes<TG>::type;
@@ -41,12 +40,11 @@ struct ForwardBody {
           cell_state(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
                      Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
       cell[k / V::lanes] = state;
-      Lanes<TC>::store(c + k, state, part, how);
+      Lanes<TC>::store(c + k, state, part);
     }
     for (int k = 0; k < count; k += V::lanes) {
       const int part = count - k < V::lanes ? count - k : V::lanes;
-      Lanes<TG>::store(h + k, hidden_state(Lanes<TG>::load(gates + p.offset_o + k, part), cell[k / V::lanes]), part,
-                       how);
+      Lanes<TG>::store(h + k, hidden_state(Lanes<TG>::load(gates + p.offset_o + k, part), cell[k / V::lanes]), part);
     }
   }
 };
@@ -54,7 +52,6 @@ struct ForwardBody {
 template <class TG, class TC>
 struct BackwardBody {
   const Problem& p;
-  const Write how = p.streamed ? Write::streamed : Write::cached;
 
   VPFAST_INLINE void operator()(int64_t row, int64_t column, int count) const {
     using V = typename Lanes<TG>::type;
@@ -77,11 +74,11 @@ struct BackwardBody {
       const V dh = grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
       const V dc = grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
       const Gradients<V> d = gradients(recomputed[k / V::lanes], Lanes<TG>::load(gates + p.offset_o + k, part), dh, dc);
-      Lanes<TG>::store(grad_gates + p.offset_f + k, d.f, part, how);
-      Lanes<TG>::store(grad_gates + p.offset_i + k, d.i, part, how);
-      Lanes<TG>::store(grad_gates + p.offset_o + k, d.o, part, how);
-      Lanes<TG>::store(grad_gates + p.offset_g + k, d.g, part, how);
-      Lanes<TC>::store(grad_c_prev + k, d.c_prev, part, how);
+      Lanes<TG>::store(grad_gates + p.offset_f + k, d.f, part);
+      Lanes<TG>::store(grad_gates + p.offset_i + k, d.i, part);
+      Lanes<TG>::store(grad_gates + p.offset_o + k, d.o, part);
+      Lanes<TG>::store(grad_gates + p.offset_g + k, d.g, part);
+      Lanes<TC>::store(grad_c_prev + k, d.c_prev, part);
     }
   }
 };
@@ -89,11 +86,9 @@ struct BackwardBody {
 template <class TG, class TC>
 void forward(const Problem& p, int64_t begin, int64_t end) {
   for_each_piece<kPiece>(begin, end, p.row_length, ForwardBody<TG, TC>{p});
-  fence();
 }
 
 template <class TG, class TC>
 void backward(const Problem& p, int64_t begin, int64_t end) {
   for_each_piece<kPiece>(begin, end, p.row_length, BackwardBody<TG, TC>{p});
-  fence();
 }
