@@ -1,5 +1,5 @@
 # Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
-#   make demo   train a small network, predict, look at the result
+#   make demo   train a small network, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
 # TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/installed-demo
-	$(BIN)/python -m vpfast.cli.demo --out demo
+	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
