@@ -49,7 +49,6 @@ def by_hand(output: MSPNOutput, frames: Tensor, norm: str, level_weights: str, d
 def test_formulas(norm: str, level_weights: str, down_sampling: DownSampling) -> None:
     output, frames = example(down_sampling=down_sampling)
     loss = pixel_loss(output, frames, norm, level_weights)
-    assert pixel_loss(output, frames, norm, level_weights, down_sampling).item() == loss.item()
     assert loss.shape == ()
     assert loss.item() == pytest.approx(by_hand(output, frames, norm, level_weights, down_sampling), rel=1e-12)
 
@@ -103,8 +102,6 @@ def test_refused() -> None:
         pixel_loss(single, frames[:, :1])
     with pytest.raises(ValueError, match=r"down_sampling must be one of .*, got 'max'"):
         pixel_loss(output._replace(down_sampling="max"), frames)
-    with pytest.raises(ValueError, match="made with down_sampling='nearest', got 'average'; leave"):
-        pixel_loss(output, frames, down_sampling="average")
 
 
 def test_frames_refused() -> None:

@@ -32,10 +32,10 @@ def stop_at(monkeypatch, step, signum=signal.SIGTERM):
     """Send this process a signal while that step is computed."""
     objective = engine.pixel_objective
 
-    def interrupted(model, frames, config, network, at):
+    def interrupted(model, frames, config, at):
         if at + 1 == step:
             os.kill(os.getpid(), signum)
-        return objective(model, frames, config, network, at)
+        return objective(model, frames, config, at)
 
     monkeypatch.setattr(engine, "pixel_objective", interrupted)
 
@@ -174,7 +174,7 @@ def test_feedback_decides_what_the_network_sees(tiny):
     for feedback in ("fixed", "detached", "none", "random"):
         config = tiny(loss=LossConfig(feedback=feedback, feedback_range=(1, 4)))
         with pytest.raises(StopIteration):
-            engine.pixel_objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, None, 7)
+            engine.pixel_objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, 7)
     drawn = frames_fed_back(config, 7)
     expected = [(3, 2, "attached"), (3, 2, "detached"), (5, 0, "attached"), (5 - drawn, drawn, "attached")]
     assert seen == expected

@@ -133,7 +133,7 @@ class _Run:
             group["lr"] = rate
         self.model.train()
         frames = frames.to(self.accelerator.device, non_blocking=True)
-        loss = pixel_objective(self.model, frames, self.config, self.plain.config, self.step)
+        loss = pixel_objective(self.model, frames, self.config, self.step)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.config.optim.clip_norm is not None:

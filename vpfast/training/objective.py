@@ -4,11 +4,11 @@ import random
 
 from torch import Tensor, nn
 
-from vpfast.models.mspn import MSPNConfig, pixel_loss
+from vpfast.models.mspn import pixel_loss
 from vpfast.training.config import TrainConfig
 
 
-def pixel_objective(model: nn.Module, frames: Tensor, config: TrainConfig, network: MSPNConfig, step: int) -> Tensor:
+def pixel_objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Tensor:
     """MSPN's pixel loss on ``frames`` (B, T, C, H, W), with predictions fed back as ``config.loss.feedback`` says.
 
     MSPN paper, Eq. 5 and section III-B, Long-term Prediction.
@@ -16,7 +16,7 @@ def pixel_objective(model: nn.Module, frames: Tensor, config: TrainConfig, netwo
     fed_back = frames_fed_back(config, step)
     feedback = "detached" if config.loss.feedback == "detached" else "attached"
     output = model(frames[:, : frames.shape[1] - fed_back], horizon=fed_back, feedback=feedback)
-    return pixel_loss(output, frames, config.loss.norm, config.loss.level_weights, network.down_sampling)
+    return pixel_loss(output, frames, config.loss.norm, config.loss.level_weights)
 
 
 def frames_fed_back(config: TrainConfig, step: int) -> int:

@@ -19,7 +19,6 @@ def pixel_loss(
     frames: Tensor,
     norm: Norm = "sum_squares",
     level_weights: LevelWeights = "paper",
-    down_sampling: DownSampling | None = None,
 ) -> Tensor:
     """The distance of every level's predictions from the real frames, as one number.
 
@@ -32,16 +31,14 @@ def pixel_loss(
             - ``"l2"``: sum over t, l, batch of w_l times the Euclidean norm of d over channels and pixels (Eq. 5);
             - ``"mse"``: sum over l of w_l times the mean of d^2 over batch, t, channels and pixels.
         level_weights: ``"paper"``: w_l = (L - l) / L (Table I); ``"uniform"``: 1 (the released code).
-        down_sampling: how the frames of coarser levels are made. It follows from the output; where it is given, it must
-            be the same.
 
-    The first step has weight 0: its prediction is made from nothing. Sums are float32 for half-precision predictions.
+    The first step has weight 0: its prediction is made from nothing. The frames of coarser levels are made as the model
+    made its own (``output.down_sampling``). Sums are float32 for half-precision predictions.
 
     Raises:
         TypeError: frames that are not floating point.
-        ValueError: an unknown option, another ``down_sampling`` than the output's, fewer than two steps, or frames that
-            do not have the shape and device of the predictions, are not finite or lie far outside [0, 1] (values are
-            looked at as in ``MSPN.forward``).
+        ValueError: an unknown option, fewer than two steps, or frames that do not have the shape and device of the
+            predictions, are not finite or lie far outside [0, 1] (values are looked at as in ``MSPN.forward``).
     """
     for name, value, choices in (
         ("norm", norm, get_args(Norm)),
@@ -49,11 +46,6 @@ def pixel_loss(
         ("the output's down_sampling", output.down_sampling, get_args(DownSampling)),
     ):
         check_choice("pixel_loss", name, value, choices)
-    if down_sampling not in (None, output.down_sampling):
-        raise ValueError(
-            f"pixel_loss: the output was made with down_sampling={output.down_sampling!r}, got {down_sampling!r}; "
-            "leave the argument out"
-        )
     check_float(frames)
     finest = output.predictions[0]
     if frames.shape != finest.shape:
