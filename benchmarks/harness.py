@@ -1,4 +1,4 @@
-"""Side-by-side timing: every contender is called in turn, round after round, so that what disturbs one disturbs all."""
+"""Side-by-side timing: bursts of calls, contender after contender, so that what disturbs one disturbs all."""
 
 import ctypes
 import json
@@ -33,29 +33,39 @@ def allocator(mode: str) -> None:
 
 @dataclass
 class Timing:
-    """Milliseconds a call: 20th, 50th and 80th percentile."""
+    """Milliseconds a call: 20th, 50th and 80th percentile in a row, and the median of the first after other work."""
 
     p20: float
     p50: float
     p80: float
+    cold: float
+
+
+BURST = 20
 
 
 def time_side_by_side(contenders: dict[str, Callable[[], Any]], seconds: float = 6.0) -> dict[str, Timing]:
-    """Interleaved rounds over all contenders for about ``seconds`` after a warm-up; results are dropped at once."""
+    """Bursts of `BURST` calls, contender after contender, round after round, for about ``seconds`` after a warm-up.
+
+    What disturbs one disturbs all. The first call of a burst finds the caches full of another contender's data: it is
+    kept apart, as `cold`. Results are dropped at once.
+    """
     for call in contenders.values():
         for _ in range(3):
             call()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    warm: dict[str, list[float]] = {name: [] for name in contenders}
+    cold: dict[str, list[float]] = {name: [] for name in contenders}
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(times.values()))) < 10:
+    while time.perf_counter() < stop or len(next(iter(cold.values()))) < 5:
         for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            for k in range(BURST):
+                start = time.perf_counter()
+                call()
+                (warm if k else cold)[name].append((time.perf_counter() - start) * 1e3)
     result = {}
-    for name, measured in times.items():
+    for name, measured in warm.items():
         cuts = statistics.quantiles(measured, n=10)
-        result[name] = Timing(cuts[1], statistics.median(measured), cuts[7])
+        result[name] = Timing(cuts[1], statistics.median(measured), cuts[7], statistics.median(cold[name]))
     return result
 
 

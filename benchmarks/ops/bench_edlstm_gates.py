@@ -83,9 +83,12 @@ def measure(title: str, shape: tuple[int, ...], layout: str, memory: str, second
 
 
 def table(rows: list[dict]) -> str:
-    def find(row: dict, who: str) -> float:
+    def find(row: dict, who: str, what: str = "p50") -> float:
         same = [r for r in rows if all(r[k] == row[k] for k in ("case", "layout", "memory", "phase"))]
-        return next(r["p50"] for r in same if r["who"] == who)
+        return next(r[what] for r in same if r["who"] == who)
+
+    def after_other_work(row: dict, who: str) -> str:
+        return f"{find(row, who, 'cold'):.2f} ({find(row, who, 'cold') / row['cold']:.1f}x)"
 
     lines = []
     for row in rows:
@@ -104,6 +107,9 @@ def table(rows: list[dict]) -> str:
                 f"{find(row, 'copy') / own:.0%}",
                 f"{find(row, 'torch.compile'):.2f} ({find(row, 'torch.compile') / own:.1f}x)",
                 f"{find(row, 'eager'):.2f} ({find(row, 'eager') / own:.1f}x)",
+                f"{row['cold']:.2f}",
+                after_other_work(row, "torch.compile"),
+                after_other_work(row, "eager"),
             ]
         )
     header = [
@@ -115,6 +121,9 @@ def table(rows: list[dict]) -> str:
         "p20-p80",
         "GB/s",
         "of copy",
+        "torch.compile ms",
+        "eager ms",
+        "cold: vpfast ms",
         "torch.compile ms",
         "eager ms",
     ]
@@ -136,7 +145,10 @@ def main() -> None:
                 rows += measure(title, shape, layout, memory, arguments.seconds)
     machine = harness.machine()
     told = ", ".join(f"{key} {value}" for key, value in machine.items())
-    how = f"Median of interleaved calls, allocation of the outputs counted. {told}."
+    how = (
+        f"Medians, allocation of the outputs counted. Contenders take turns in bursts of {harness.BURST} calls; `cold` "
+        f"is the first of each burst, after the others went through the caches. {told}."
+    )
     text = f"# edlstm_gates, float32\n\n{how}\n\n{table(rows)}"
     print(text)
     if arguments.save:
