@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from vpfast.models._config import ModelConfig, is_count
 from vpfast.nn.codec import Widen
 
 Recurrence = Literal["edlstm", "enc_lstm_dec"]
@@ -13,7 +15,7 @@ DownSampling = Literal["nearest", "average"]
 
 
 @dataclass(frozen=True)
-class MSPNConfig:
+class MSPNConfig(ModelConfig):
     """What an MSPN is built from. The defaults are the preset ``released-default``.
 
     Attributes:
@@ -55,11 +57,9 @@ class MSPNConfig:
         if not isinstance(self.channels, (list, tuple)):
             self._refuse("channels", "must be a list of widths")
         object.__setattr__(self, "channels", tuple(self.channels))
-        if len(self.channels) < 2 or not all(_is_count(width) for width in self.channels):
+        if len(self.channels) < 2 or not all(is_count(width) for width in self.channels):
             self._refuse("channels", "must be at least two positive integers")
-        for name in ("in_channels", "levels", "hidden_channels", "input_kernel_size", "lstm_output_kernel_size"):
-            if not _is_count(getattr(self, name)):
-                self._refuse(name, "must be a positive integer")
+        self._check_counts("in_channels", "levels", "hidden_channels", "input_kernel_size", "lstm_output_kernel_size")
         if self.levels >= len(self.channels):
             self._refuse(
                 "levels", f"must be at most {len(self.channels) - 1}, one less than the widths in {self.channels}"
@@ -67,36 +67,18 @@ class MSPNConfig:
         for name in ("input_kernel_size", "lstm_output_kernel_size"):
             if getattr(self, name) % 2 == 0:
                 self._refuse(name, "must be odd")
-        for name in ("enc_info", "batch_norm", "feed_frame"):
-            if not isinstance(getattr(self, name), bool):
-                self._refuse(name, "must be true or false")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                self._refuse(name, f"must be one of {', '.join(map(repr, choices))}")
+        self._check_flags("enc_info", "batch_norm", "feed_frame")
+        self._check_choices(_CHOICES)
         if not isinstance(self.gate_order, str) or sorted(self.gate_order) != sorted("fiog"):
             self._refuse("gate_order", "must be a permutation of 'fiog'")
 
-    def _refuse(self, name: str, reason: str) -> None:
-        raise ValueError(f"MSPNConfig.{name} {reason}, got {getattr(self, name)!r}")
-
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> MSPNConfig:
-        """A named configuration, with ``changes`` to single fields.
-
-        ``released-default``, ``released-mnist``: the authors' code. ``paper``: the variant that has the parameter
+    def presets(cls) -> Mapping[str, MSPNConfig]:
+        """``released-default``, ``released-mnist``: the authors' code. ``paper``: the variant that has the parameter
         counts of the paper's Table VI, ``paper-enc-lstm-dec`` that table's En-LSTM-De. ``compact``: small enough to
         be trained on two CPU cores in minutes. Parameter counts stand in README.md beside this file.
-
-        Raises:
-            ValueError: no such preset, no such field, or a value that cannot be.
         """
-        if name not in PRESETS:
-            raise ValueError(f"MSPNConfig has no preset {name!r}; choose one of {', '.join(map(repr, PRESETS))}")
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for change in changes:
-            if change not in fields:
-                raise ValueError(f"MSPNConfig has no field {change!r}; its fields are {', '.join(fields)}")
-        return dataclasses.replace(PRESETS[name], **changes)
+        return PRESETS
 
     @property
     def multiple(self) -> int:
@@ -106,10 +88,6 @@ class MSPNConfig:
     def level_channels(self, level: int) -> tuple[int, ...]:
         """Encoder widths of one level, finest first."""
         return self.channels[: len(self.channels) - level]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

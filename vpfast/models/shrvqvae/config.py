@@ -1,0 +1,141 @@
+"""The choices that make one S-HR-VQVAE, and the named sets of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vpfast.models._config import ModelConfig, is_count, is_weight
+
+CodebookUpdate = Literal["gradient", "ema"]
+Reduction = Literal["mean", "sum"]
+Residual = Literal["detached", "attached"]
+DeadCodes = Literal["restart", "off"]
+Scaling = Literal["half", "unit"]
+
+MAX_LAYERS = 16
+MAX_CODEWORDS = 2**24
+"""Codewords of all layers together; a tree of M codewords to a codebook has M^i of them in layer i."""
+
+
+@dataclass(frozen=True)
+class SHRVQVAEConfig(ModelConfig):
+    """What an HR-VQVAE is built from. The defaults are the preset ``kth-3x8``.
+
+    Attributes:
+        in_channels: channels of a frame, 3 (RGB) or 1 (grey).
+        channels: widths of the strided convolutions, each of which halves the maps: H and W of a frame are multiples of
+            2^len(channels).
+        residual_channels: inner width of a residual block.
+        residual_blocks: residual blocks in the encoder, and in the decoder; 0 or more.
+        latent_channels: D, the length of a codeword.
+        codebook_size: M, codewords in one codebook; 2 or more.
+        layers: n, layers of codebooks, 1 to 16.
+        strict_tree: layer i holds M^(i-1) codebooks, of which the codeword chosen in layer i - 1 selects one (Eq. 3);
+            false: one codebook a layer, ordinary residual quantization.
+        codebook_update: ``"gradient"``, the codebook terms of Eqs. 4-5, or ``"ema"``, exponential moving averages in
+            their place; those terms are then not trained on.
+        ema_decay: of the moving averages, which also tell dead codes; in [0, 1).
+        commitment_weight: beta_i of Eq. 5, one for all layers or one a layer.
+        combined_loss: with the pair of terms of Eq. 4 that pulls e_C, the sum of all layers, and the latent together.
+        combined_commitment_weight: beta_0 of Eq. 4.
+        loss_reduction: every |.|^2 of Eqs. 4-5 is a ``"mean"`` over frames, positions and channels, or the ``"sum"``.
+        residual: what layer i quantizes, xi^i = xi^(i-1) - e^i, with e^i ``"detached"`` or ``"attached"``: the
+            commitment term of a layer then also reaches the codewords of the layers before it.
+        dead_codes: ``"restart"``: codebooks start from the first batch, and codewords that nobody chooses start again
+            from residuals below their own parent; ``"off"``: random start, no restart.
+        dead_code_threshold: a codeword is dead when it is chosen fewer times than this a batch, on average.
+        scaling: the network sees frames as x - 0.5 (``"half"``) or 2x - 1 (``"unit"``), and Eq. 4 compares them there.
+
+    Raises:
+        ValueError: a field that cannot be; the message names it and its value.
+    """
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (32, 64)
+    residual_channels: int = 32
+    residual_blocks: int = 2
+    latent_channels: int = 8
+    codebook_size: int = 8
+    layers: int = 3
+    strict_tree: bool = True
+    codebook_update: CodebookUpdate = "gradient"
+    ema_decay: float = 0.99
+    commitment_weight: float | tuple[float, ...] = 0.25
+    combined_loss: bool = True
+    combined_commitment_weight: float = 0.25
+    loss_reduction: Reduction = "mean"
+    residual: Residual = "detached"
+    dead_codes: DeadCodes = "restart"
+    dead_code_threshold: float = 1.0
+    scaling: Scaling = "half"
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "commitment_weight"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.channels, tuple) or not self.channels or not all(map(is_count, self.channels)):
+            self._refuse("channels", "must be a list of positive integers")
+        self._check_counts("in_channels", "residual_channels", "latent_channels", "layers")
+        self._check_counts("residual_blocks", lowest=0)
+        self._check_counts("codebook_size", lowest=2)
+        if self.layers > MAX_LAYERS:
+            self._refuse("layers", f"must be at most {MAX_LAYERS}")
+        if self.codewords > MAX_CODEWORDS:
+            self._refuse(
+                "layers", f"must leave at most {MAX_CODEWORDS} codewords, not {self.codewords} of {self.codebook_size}"
+            )
+        self._check_flags("strict_tree", "combined_loss")
+        self._check_choices(_CHOICES)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        for name in ("combined_commitment_weight", "dead_code_threshold"):
+            if not is_weight(getattr(self, name)):
+                self._refuse(name, "must be a finite number of at least 0")
+        if not is_weight(self.ema_decay) or self.ema_decay >= 1:
+            self._refuse("ema_decay", "must be a number in [0, 1)")
+        weights = self.commitment_weight if isinstance(self.commitment_weight, tuple) else (self.commitment_weight,)
+        if not all(map(is_weight, weights)):
+            self._refuse("commitment_weight", "must be a finite number of at least 0, or one for each layer")
+        if isinstance(self.commitment_weight, tuple) and len(weights) != self.layers:
+            self._refuse("commitment_weight", f"must be one number, or one for each of the {self.layers} layers")
+
+    @classmethod
+    def presets(cls) -> Mapping[str, SHRVQVAEConfig]:
+        """The six columns of the paper's Table 1: data set, layers x codewords in a codebook."""
+        return PRESETS
+
+    @property
+    def multiple(self) -> int:
+        """H and W of every frame are multiples of this number; the latent is this many times smaller."""
+        return int(2 ** len(self.channels))
+
+    @property
+    def codewords(self) -> int:
+        """Codewords of all layers together."""
+        sizes = range(1, self.layers + 1) if self.strict_tree else [1] * self.layers
+        return sum(self.codebook_size**size for size in sizes)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "codebook_update": get_args(CodebookUpdate),
+    "loss_reduction": get_args(Reduction),
+    "residual": get_args(Residual),
+    "dead_codes": get_args(DeadCodes),
+    "scaling": get_args(Scaling),
+}
+
+_KTH = SHRVQVAEConfig()
+_MNIST = SHRVQVAEConfig(in_channels=1, latent_channels=4, codebook_size=4)
+
+PRESETS: dict[str, SHRVQVAEConfig] = {
+    "kth-3x8": _KTH,
+    "mnist-3x4": _MNIST,
+    "kth-1x512": dataclasses.replace(_KTH, layers=1, codebook_size=512),
+    "kth-9x2": dataclasses.replace(_KTH, layers=9, codebook_size=2),
+    "mnist-1x64": dataclasses.replace(_MNIST, layers=1, codebook_size=64),
+    "mnist-6x2": dataclasses.replace(_MNIST, layers=6, codebook_size=2),
+}
