@@ -1,6 +1,14 @@
 """The operators. Each is a function here and a room of its own below; each has a plain PyTorch reference."""
 
 from vpfast.ops._backend import backend, current_backend
+from vpfast.ops.codeword_search import CodewordSearchTraining, codeword_search, codeword_search_train
 from vpfast.ops.edlstm_gates import edlstm_gates
 
-__all__ = ["backend", "current_backend", "edlstm_gates"]
+__all__ = [
+    "CodewordSearchTraining",
+    "backend",
+    "codeword_search",
+    "codeword_search_train",
+    "current_backend",
+    "edlstm_gates",
+]
