@@ -111,6 +111,10 @@ class Codes:
             raise CodesError(f"layers must be 1 to {self.layers}, as many as these codes have, got {layers!r}")
         return self._with(self._indices[..., :layers])
 
+    def flatten(self) -> Codes:
+        """The clips of a batch one after the other, as the codes of one clip."""
+        return self._with(self._indices.flatten(0, -4))
+
     def to(self, device: torch.device | str) -> Codes:
         """The same codes on ``device``."""
         return self._with(self._indices.to(device))
@@ -255,17 +259,13 @@ def _read_payload(view: memoryview, fields: bytes, digests: bytes, wanted: int |
         wanted = layers
     elif not is_count(wanted) or wanted > layers:
         raise CodesError(f"layers must be 1 to {layers}, as many as these codes have, got {wanted!r}")
-    if codebook_size < 2 or codebook_size > _MAX_CODEBOOK:
-        raise CodesError(f"these codes announce a codebook of {codebook_size} codewords")
+    _check_announced(flags, layers, codebook_size, (batch, time, rows, columns))
     bits, count = _bits(codebook_size), batch * time * rows * columns
     layer_bytes = -(-count * bits // 8)
     start = _header_bytes(layers)
     _require(view, start + wanted * layer_bytes)
     if len(view) > start + layers * layer_bytes:
         raise CodesError(f"{len(view) - start - layers * layer_bytes} bytes follow the codes and are none of them")
-    # Sides without a frame cost nothing and may be anything: a tensor's numel must still fit.
-    if max(batch, 1) * max(time, 1) * rows * columns * layers >= 2**62:
-        raise CodesError(f"these codes announce {batch} x {time} frames of {rows}x{columns} positions")
     indices = np.empty((count, wanted), _NUMPY[_storage(codebook_size)])
     for index in range(wanted):
         packed = view[start + index * layer_bytes : start + (index + 1) * layer_bytes]
@@ -280,6 +280,20 @@ def _read_payload(view: memoryview, fields: bytes, digests: bytes, wanted: int |
         channels,
         fingerprint if flags & _HAS_FINGERPRINT else None,
     )
+
+
+def _check_announced(flags: int, layers: int, codebook_size: int, sizes: tuple[int, int, int, int]) -> None:
+    """Refuse what no writer of this version writes, before anything is computed with it."""
+    batch, time, rows, columns = sizes
+    if flags & ~(_HAS_BATCH | _HAS_FINGERPRINT) or (batch != 1 and not flags & _HAS_BATCH):
+        raise CodesError(f"these codes carry the marks {flags} beside a batch of {batch}, which do not go together")
+    if not 2 <= codebook_size <= _MAX_CODEBOOK:
+        raise CodesError(f"these codes announce a codebook of {codebook_size} codewords")
+    # With no frames there are no bytes to be missed; a tensor's sides must fit all the same.
+    if 0 in (layers, rows, columns) or max(batch, 1) * max(time, 1) * rows * columns * layers >= 2**62:
+        raise CodesError(
+            f"these codes announce {layers} layers of {batch} x {time} frames of {rows}x{columns} positions"
+        )
 
 
 def _require(view: memoryview, size: int) -> None:
