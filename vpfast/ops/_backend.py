@@ -140,6 +140,12 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def autocast_is_on(tensor: torch.Tensor) -> bool:
+    """Is ``torch.autocast`` enabled for the device of ``tensor``?"""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def native_devices(qualified_op: str) -> tuple[str, ...]:
     """Device types that the loaded extension registered a kernel of ``qualified_op`` for."""
     if _native.extension is None:

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 
 from vpfast.ops._backend import BackendError
+from vpfast.ops.codeword_search.register import backends as codeword_search
 from vpfast.ops.edlstm_gates.register import backends as edlstm_gates
 
 Device = Literal["auto", "cpu"]
 
 # The backends of every operator that a model calls.
-OPERATORS = (edlstm_gates,)
+OPERATORS = (edlstm_gates, codeword_search)
 
 
 def pick_device(requested: Device = "auto") -> torch.device:

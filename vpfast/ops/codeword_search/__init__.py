@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpfast.ops._backend import current_backend, is_transformed
+from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import CodewordSearchTraining
 from vpfast.ops.codeword_search.register import backends, to_float32
@@ -96,13 +96,8 @@ def _is_plain(z: Tensor, codebooks: list[Tensor]) -> bool:
     return current_backend() == "reference" or is_transformed(z, *codebooks)
 
 
-def _autocast_is_on(z: Tensor) -> bool:
-    device = z.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _as_autocast(z: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    if not _autocast_is_on(z):
+    if not autocast_is_on(z):
         return z, codebooks
     return to_float32(z), [to_float32(codebook) for codebook in codebooks]
 
@@ -155,4 +150,4 @@ def _go_together(z: Tensor, codebook: Tensor) -> bool:
     """Of two different types: float32 beside half precision, or any two short of float64 where autocast will cast."""
     if torch.float64 in (z.dtype, codebook.dtype) or codebook.dtype not in _DTYPES:
         return False
-    return codebook.dtype == torch.float32 or _autocast_is_on(z)
+    return codebook.dtype == torch.float32 or autocast_is_on(z)

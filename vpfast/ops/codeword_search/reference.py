@@ -79,7 +79,7 @@ def finish(quantized: Tensor, z: Tensor) -> Tensor:
 
 
 def nearest(distance: Tensor) -> Tensor:
-    """Of (N, M) distances the lowest index of the smallest. NaN and infinity never win: 0 where there is nothing else."""
+    """Of (N, M) distances the lowest index of the smallest. NaN and infinity never win; 0 where nothing is left."""
     return distance.nan_to_num(nan=math.inf, posinf=math.inf).argmin(1)
 
 

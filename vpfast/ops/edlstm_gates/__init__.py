@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vpfast.ops._backend import is_transformed
+from vpfast.ops._backend import autocast_is_on, is_transformed
 from vpfast.ops.edlstm_gates import reference
 from vpfast.ops.edlstm_gates.register import backends
 
@@ -37,7 +37,7 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
     """
     _check(gates, c_prev, order)
     if backends.select(gates.device.type) == "reference" or is_transformed(gates, c_prev):
-        if _autocast_is_on(gates) and gates.dtype != torch.float64:
+        if autocast_is_on(gates) and gates.dtype != torch.float64:
             c_prev = c_prev.float()
         return reference.edlstm_gates(gates, c_prev, order)
     result: tuple[Tensor, Tensor] = torch.ops.vpfast.edlstm_gates(gates, c_prev, order)
@@ -50,12 +50,7 @@ def _go_together(gates: Tensor, c_prev: Tensor) -> bool:
         return False
     if c_prev.dtype == torch.float32:
         return True
-    return _autocast_is_on(gates)
-
-
-def _autocast_is_on(gates: Tensor) -> bool:
-    device = gates.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return autocast_is_on(gates)
 
 
 def _check(gates: Tensor, c_prev: Tensor, order: str) -> None:
