@@ -1,0 +1,140 @@
+// Laying the codebooks out for the scans: see Panels and Lookups.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "codeword_search/codeword_search_problem.h"
+
+namespace vpfast {
+
+inline double squared_length(const float* x, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(x[d]) * x[d];
+  return sum;
+}
+
+// The longest of `rows` codewords; NaN or infinity where one holds such.
+template <class W>
+double reach(const W* codewords, int64_t rows, int64_t dim) {
+  double longest = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const double x = static_cast<double>(codewords[row * dim + d]);
+      sum += x * x;
+    }
+    if (!(sum <= longest)) longest = sum;
+    if (std::isnan(sum)) return sum;
+  }
+  return std::sqrt(longest);
+}
+
+struct PackedPanels {
+  std::vector<std::vector<float>> codewords, biases;
+};
+
+// Panels of `layers_from`.. to the last layer, in registers of at most `lanes` floats.
+inline PackedPanels pack_panels(Problem& p, int64_t layers_from, int lanes) {
+  Panels& panels = p.panels;
+  panels.width = 4;
+  while (panels.width < lanes && panels.width < p.codebook_size) panels.width *= 2;
+  const int width = panels.width;
+  panels.blocks = (p.codebook_size + width - 1) / width;
+  PackedPanels packed;
+  packed.codewords.resize(p.layers);
+  packed.biases.resize(p.layers);
+  int64_t parents = 1;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    if (layer >= layers_from) {
+      const int64_t blocks = parents * panels.blocks;
+      std::vector<float>&codewords = packed.codewords[layer], &biases = packed.biases[layer];
+      codewords.resize(blocks * p.dim * width);
+      biases.resize(blocks * width);
+      const float* rows = static_cast<const float*>(p.rows[layer]);
+      torch::stable::parallel_for(
+          0, blocks, std::max<int64_t>(1, 16384 / (p.dim * width)), [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin; block < end; ++block) {
+              const int64_t parent = block / panels.blocks, first = block % panels.blocks * width;
+              for (int lane = 0; lane < width; ++lane) {
+                const int64_t code = first + lane;
+                const bool real = code < p.codebook_size;
+                const float* row = real ? rows + (parent * p.codebook_size + code) * p.dim : nullptr;
+                biases[block * width + lane] = real ? static_cast<float>(-squared_length(row, p.dim) / 2)
+                                                    : -std::numeric_limits<float>::infinity();
+                for (int64_t d = 0; d < p.dim; ++d)
+                  codewords[(block * p.dim + d) * width + lane] = real ? row[d] : 0.0f;
+              }
+            }
+          });
+      panels.codewords[layer] = codewords.data();
+      panels.biases[layer] = biases.data();
+    }
+    if (p.strict_tree) parents *= p.codebook_size;
+  }
+  return packed;
+}
+
+// How many instructions it takes to pick one of so many parents' entries in each lane.
+inline int64_t picks(int64_t entries) { return entries == 1 ? 0 : entries <= 32 ? 1 : entries / 16 - 1; }
+
+// How many leading layers are cheaper to search by lookups than by panels, counted in instructions a vector.
+inline int64_t layers_by_lookup(const Problem& p) {
+  if (p.dim > kMaxLookupDim) return 0;
+  int64_t parents = 1, layer = 0;
+  for (; layer < p.layers; ++layer) {
+    const int64_t rows = p.strict_tree ? parents * p.codebook_size : p.codebook_size;
+    if (parents > 256 || (layer + 1 < p.layers && rows > 256)) break;
+    const int64_t blocks = (p.codebook_size + 15) / 16;
+    const int64_t by_panels = blocks * (p.dim * (parents > 1 ? 2 : 1) + 5) + 25;
+    const int64_t by_lookup = (p.codebook_size * (p.dim * (picks(parents) + 1) + 5) + p.dim * (picks(rows) + 1)) / 16;
+    if (by_lookup > by_panels) break;
+    if (p.strict_tree) parents = rows;
+  }
+  return layer;
+}
+
+struct PackedLookups {
+  std::vector<std::vector<float>> by_parent, by_row;
+};
+
+inline int64_t padded(int64_t entries) {
+  if (entries == 1) return 1;
+  int64_t size = 16;
+  while (size < entries) size *= 2;
+  return size;
+}
+
+inline PackedLookups pack_lookups(Problem& p) {
+  PackedLookups packed;
+  packed.by_parent.resize(p.lookups.layers);
+  packed.by_row.resize(p.lookups.layers);
+  int64_t parents = 1;
+  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
+    const int64_t rows = parents * p.codebook_size, parent_stride = padded(parents), row_stride = padded(rows);
+    std::vector<float>&by_parent = packed.by_parent[layer], &by_row = packed.by_row[layer];
+    by_parent.resize(p.codebook_size * (p.dim + 1) * parent_stride);
+    by_row.resize(p.dim * row_stride);
+    const float* codewords = static_cast<const float*>(p.rows[layer]);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t parent = row / p.codebook_size, code = row % p.codebook_size;
+      const float* codeword = codewords + row * p.dim;
+      float* entry = by_parent.data() + code * (p.dim + 1) * parent_stride + parent;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        entry[d * parent_stride] = codeword[d];
+        by_row[d * row_stride + row] = codeword[d];
+      }
+      entry[p.dim * parent_stride] = static_cast<float>(-squared_length(codeword, p.dim) / 2);
+    }
+    p.lookups.by_parent[layer] = by_parent.data();
+    p.lookups.by_row[layer] = by_row.data();
+    if (p.strict_tree) parents = rows;
+  }
+  return packed;
+}
+
+}  // namespace vpfast

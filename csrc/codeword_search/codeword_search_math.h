@@ -1,0 +1,46 @@
+// The rules of codeword_search that every kernel shares: rows of a tree, and what "nearest" means.
+//
+//   k = argmin_j |xi^(i-1) - e^i_j|        xi^i = xi^(i-1) - e^i_k        (S-HR-VQVAE paper, Eq. 3)
+//
+// A kernel scans in float32 by the score s_j = xi . e_j - |e_j|^2 / 2, largest where the distance is smallest, at one
+// multiplication a term. Scores lie within `uncertainty` of the true ones. Where the best is clear of all others by
+// twice that, it is the nearest; where it is not, `squared_distance` decides in float64, from z itself. So the codes
+// are those of a float64 search on every processor, however the scan rounds.
+//
+// Included once, outside the instruction sets: all of them call the very same float64 code.
+#pragma once
+
+#include <cstdint>
+
+namespace vpfast {
+
+constexpr int64_t kMaxLayers = 16;
+
+// The row of code `code` in its layer, below row `parent` of the layer before.
+inline int64_t row_of(bool strict_tree, int64_t codebook_size, int64_t parent, int64_t code) {
+  return strict_tree ? parent * codebook_size + code : code;
+}
+
+template <class W>
+inline double squared_distance(const double* residual, const W* codeword, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double difference = residual[d] - static_cast<double>(codeword[d]);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// How far apart two float32 scores must be for their order to be sure, at layer `layer` (from 0), for residuals no
+// longer than `length` and codewords no longer than `reach`. Every rounding of the scan is relative, by u, to a partial
+// sum of at most |xi||e| + |e|^2 / 2; dim products, the bias, and the subtractions of the layers before are rounded.
+// Infinite where the scan could overflow.
+inline float uncertainty(int64_t dim, int64_t layer, double length, double reach) {
+  constexpr double u = 5.97e-8, smallest_normal = 1.2e-38;
+  const double largest = length * reach + reach * reach / 2;
+  if (!(largest < 1e37)) return __builtin_inff();
+  const double roundings = static_cast<double>(dim + layer + 3);
+  return static_cast<float>(2.2 * roundings * (u * largest + smallest_normal));
+}
+
+}  // namespace vpfast

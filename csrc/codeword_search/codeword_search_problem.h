@@ -1,0 +1,77 @@
+// What one call of codeword_search is about, as its kernels see it.
+#pragma once
+
+#include <cstdint>
+
+#include "codeword_search/codeword_search_math.h"
+
+namespace vpfast {
+
+// Vectors are taken through all layers in groups of this many: a multiple of every tile's height and of the lanes.
+constexpr int64_t kGroup = 48;
+
+// The codebooks laid out for scanning. A block is as many codewords as a register has lanes, component by component:
+// [codebook][block][dim][width], with the biases -|e|^2 / 2 as [codebook][block][width]; lanes beyond the last codeword
+// have a bias of -infinity.
+struct Panels {
+  int width;  // 4, 8 or 16
+  int64_t blocks;
+  const float* codewords[kMaxLayers];
+  const float* biases[kMaxLayers];
+};
+
+// Lookups hold a vector's components in registers, as far as there are any.
+constexpr int64_t kMaxLookupDim = 32;
+
+// The top layers of a small tree laid out for looking up by parent, the way of AVX-512: [code][dim + 1][parents] with
+// the bias as last component, and [dim][rows] for what is subtracted. The last dimension is padded to `stride`.
+struct Lookups {
+  int64_t layers;  // how many layers are searched this way; the others by panels
+  const float* by_parent[kMaxLayers];
+  const float* by_row[kMaxLayers];
+};
+
+// Offsets and strides are in elements.
+struct Problem {
+  int64_t vectors, dim, layers, codebook_size;
+  bool strict_tree;
+  const void* z;
+  int64_t z_row, z_column;        // strides of z
+  const void* rows[kMaxLayers];   // of each layer the codewords (rows, dim) in the working type, dense
+  int64_t first_row[kMaxLayers];  // where a layer's rows start in counts and sums
+  double reach[kMaxLayers];       // the longest codeword of a layer
+  Panels panels;
+  Lookups lookups;
+  int64_t* indices;  // (vectors, layers)
+};
+
+// Where sums over vectors are collected: rows [least, end) of the table, in the order of the vectors. In a tree only
+// the last layer's rows are collected, as the others follow from them.
+template <class W>
+struct Table {
+  W* sums;  // (end - least, dim)
+  int64_t* counts;
+  int64_t least, end;
+};
+
+// What else a pass over the codes of some vectors reads and writes; null where it does not.
+template <class W>
+struct Pass {
+  void* quantized;             // (vectors, dim)
+  double* errors;              // (layers,), added to
+  const void* grad_quantized;  // (vectors, dim), strides below
+  int64_t grad_row, grad_column;
+  void* grad_z;                // (vectors, dim)
+  const W* weights_z;          // (layers,)
+  const W* weights_codebooks;  // (layers, layers)
+  Table<W> table;
+  bool bad_index;  // set when a code lies outside the codebook
+};
+
+// In float64 the nearest of `count` codes below row `parent`, of all codes where `candidates` is null: the lowest of
+// equals, and never one whose distance is NaN or infinite (0 where there is no other).
+template <class T, class W>
+int64_t decide(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const int64_t* codes_so_far,
+               const int64_t* candidates, int64_t count, double* residual);
+
+}  // namespace vpfast
