@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import vpfast.models
 from vpfast.training import LossConfig, OptimConfig, Stopped, checkpoint, engine, train
-from vpfast.training.objective import frames_fed_back
+from vpfast.training.recipes import RECIPES, Loss
+from vpfast.training.recipes.mspn import frames_fed_back, objective
 
 
 def weights(folder):
@@ -28,16 +29,16 @@ def log(config):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def stop_at(monkeypatch, step, signum=signal.SIGTERM):
+def stop_at(monkeypatch, step, name="mspn", signum=signal.SIGTERM):
     """Send this process a signal while that step is computed."""
-    objective = engine.pixel_objective
+    recipe = RECIPES[name]
 
     def interrupted(model, frames, config, at):
         if at + 1 == step:
             os.kill(os.getpid(), signum)
-        return objective(model, frames, config, at)
+        return recipe.objective(model, frames, config, at)
 
-    monkeypatch.setattr(engine, "pixel_objective", interrupted)
+    monkeypatch.setitem(RECIPES, name, dataclasses.replace(recipe, objective=interrupted))
 
 
 def test_a_run_learns_and_leaves_what_it_should(tiny):
@@ -52,10 +53,29 @@ def test_a_run_learns_and_leaves_what_it_should(tiny):
     assert saved == ["step-00000038", "step-00000040"]
     assert not [path for path in Path(config.out).rglob(".*")]
 
-    model, trained = checkpoint.read_weights(folder)
+    model, trained = checkpoint.read_weights(folder, vpfast.models.MSPN)
     assert trained == config
     assert same(model.state_dict(), weights(folder))
     assert isinstance(vpfast.models.load(Path(config.out) / "checkpoints" / saved[0]), vpfast.models.MSPN)
+
+
+def test_the_best_weights_are_those_of_the_least_validation_error(tiny, monkeypatch):
+    errors = iter([0.3, 0.1, 0.2])
+    monkeypatch.setattr(engine, "validate", lambda *args: {"val_mse": next(errors)})
+    config = tiny(steps=6, val_every=2, save_every=1, keep=6)
+    train(config, progress=False)
+    root = Path(config.out)
+    assert same(weights(root / "best"), weights(root / "checkpoints" / "step-00000004"))
+    assert not same(weights(root / "best"), weights(root / "weights"))
+
+
+def test_a_resumed_run_knows_what_was_best(tiny, monkeypatch):
+    errors = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr(engine, "validate", lambda *args: {"val_mse": next(errors)})
+    train(tiny(steps=2, val_every=2), progress=False)
+    best = weights(Path(tiny().out) / "best")
+    train(tiny(steps=6, val_every=2), resume=True, progress=False)
+    assert same(weights(Path(tiny().out) / "best"), best)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +149,10 @@ def test_a_checkpoint_runs_no_code(tiny):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "pixel_objective", lambda model, *rest: next(model.parameters()).sum() * float("nan"))
+    broken = dataclasses.replace(
+        RECIPES["mspn"], objective=lambda model, *rest: Loss(next(model.parameters()).sum() * float("nan"), {})
+    )
+    monkeypatch.setitem(RECIPES, "mspn", broken)
     config = tiny()
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; a lower optim\.lr"):
         train(config, progress=False)
@@ -174,7 +197,7 @@ def test_feedback_decides_what_the_network_sees(tiny):
     for feedback in ("fixed", "detached", "none", "random"):
         config = tiny(loss=LossConfig(feedback=feedback, feedback_range=(1, 4)))
         with pytest.raises(StopIteration):
-            engine.pixel_objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, 7)
+            objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, 7)
     drawn = frames_fed_back(config, 7)
     expected = [(3, 2, "attached"), (3, 2, "detached"), (5, 0, "attached"), (5 - drawn, drawn, "attached")]
     assert seen == expected

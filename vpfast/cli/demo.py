@@ -26,8 +26,9 @@ from vpfast.models import MSPN
 from vpfast.ops.edlstm_gates.register import backends
 from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
 from vpfast.training.clips import dataset
-from vpfast.training.evaluation import BASELINE, MODEL, evaluate, markdown
+from vpfast.training.evaluation import evaluate
 from vpfast.training.files import new_folder, refusal
+from vpfast.training.recipes.mspn import BASELINE, MODEL
 from vpfast.visual import side_by_side, write_gif, write_strip
 
 CONTEXT, HORIZON = 10, 10
@@ -62,18 +63,17 @@ def main() -> int:
     data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, speed=0.05, supersample=4, clips=100_000)
     with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, FILES) as folder:
         weights = _train(data, Path(scratch), options.scale)
-        model, _ = checkpoint.read_weights(weights)
+        model, _ = checkpoint.read_weights(weights, MSPN)
         shutil.copytree(weights, folder / "weights")
         clips = dataset(data, "test", CONTEXT + HORIZON, TEST_CLIPS)
-        reports = evaluate(model, clips, CONTEXT, progress=True)
-        table = markdown(reports)
+        evaluation = evaluate(model, clips, CONTEXT, progress=True)
+        table = evaluation.markdown(per_frame=True)
         (folder / "metrics.md").write_text(table + "\n")
-        numbers = {name: report.to_dict() for name, report in reports.items()}
-        (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
         _draw(model, clips[SHOWN_CLIP], folder)
     print(f"\n{TEST_CLIPS} test clips of digits never trained on, {HORIZON} frames from {CONTEXT}:\n\n{table}\n")
     print("\n".join(kernel_table()))
-    mse = {name: report.mean["mse"] for name, report in reports.items()}
+    mse = {name: report.mean["mse"] for name, report in evaluation.reports.items()}
     print(f"\nMSE of the prediction {mse[MODEL]:.4f}, of repeating the last frame {mse[BASELINE]:.4f}")
     print(f"pictures and numbers in {options.out}/, after {time.perf_counter() - started:.0f} s:")
     print("  " + "  ".join(sorted(path.name for path in options.out.iterdir())))

@@ -1,4 +1,4 @@
-"""``vpfast evaluate``: the errors of a trained model on held-out clips, beside those of repeating the last frame."""
+"""``vpfast evaluate``: the errors of a trained model on held-out clips, beside what to hold it to."""
 
 import json
 import os
@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vpfast.cli._options import Options
 from vpfast.data.moving_digits import Split
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
 from vpfast.training.device import Device
-from vpfast.training.evaluation import evaluate, markdown
+from vpfast.training.evaluation import evaluate
 from vpfast.training.files import write_file
 from vpfast.training.network import check_fit
+from vpfast.training.recipes import recipe_of
 
 DESCRIPTION = (
     "Measure a trained model on the test split of the data it was trained on, or of other data by --data.*: MSE, MAE, "
-    "PSNR and SSIM under vpfast's default protocol, per frame and mean, beside repeating the last real frame. Prints "
-    "markdown; --out writes JSON."
+    "PSNR and SSIM under vpfast's default protocol. Of a model that predicts per frame and mean, beside repeating the "
+    "last real frame; of one that codes frames for each number of layers, and how much of the codebooks is used. "
+    "Prints markdown; --out writes JSON."
 )
 
 DIGIT_CLIPS = 1000
@@ -28,27 +32,26 @@ DIGIT_CLIPS = 1000
 def run(argv: Sequence[str]) -> int:
     """Evaluate; returns 0."""
     weights = _weights(argv)
-    model, trained = (None, None) if weights is None else read_weights(weights)
+    model, trained = (None, None) if weights is None else read_weights(weights, nn.Module)
     values = _options(trained).parse(argv)
     if model is None:
         raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
     config = _checked(values)
     if values["out"]:
         _check_out(Path(values["out"]))
-    check_fit(model.config, config.data)
+    recipe = recipe_of(model)
+    recipe.check(config)
+    check_fit(model.config, config.data)  # type: ignore[arg-type]
     count = values["clips"] or (DIGIT_CLIPS if config.data.kind == "moving-digits" else None)
     clips = dataset(config.data, values["split"], config.clip_length, count, config.seed)
-    reports = evaluate(model, clips, config.context, config.batch_size, progress=True, device=values["device"])
+    evaluation = evaluate(model, clips, config.context, config.batch_size, progress=True, device=values["device"])
     asked = {key: values[key] for key in ("weights", "split", "context", "horizon")}
     asked["clips"] = len(clips)  # type: ignore[arg-type]
-    print(
-        "{clips} clips of the {split} split, {horizon} frames from {context}, protocol default\n".format(**asked),
-        markdown(reports),
-        sep="\n",
-    )
+    task = "{horizon} frames from {context}" if recipe.predicts else "{context} frames each, coded and made again"
+    print(f"{{clips}} clips of the {{split}} split, {task}, protocol default\n".format(**asked))
+    print(evaluation.markdown(per_frame=recipe.predicts))
     if values["out"]:
-        results = {name: report.to_dict() for name, report in reports.items()}
-        write_file(Path(values["out"]), json.dumps({**asked, **results}, indent=2) + "\n")
+        write_file(Path(values["out"]), json.dumps({**asked, **evaluation.to_dict()}, indent=2) + "\n")
     return 0
 
 

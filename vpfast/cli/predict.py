@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vpfast.cli import Parser
 from vpfast.data import VideoError, read_video
+from vpfast.models import MSPN
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, refusal
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
             else "; --force replaces an earlier prediction, or choose another folder"
         )
         raise FileExistsError(f"--out {options.out} {reason}{hint}")
-    model, trained = read_weights(options.weights)
+    model, trained = read_weights(options.weights, MSPN)
     model.eval()
     if options.context is None:
         options.context = trained.context if trained else 10

@@ -5,12 +5,13 @@ A checkpoint is a folder ``step-00000500`` that holds the model as :func:`vpfast
 """
 
 import json
+import math
 import random
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vpfast import models
-from vpfast.models import MSPN
 from vpfast.models.storage import CONFIG, WEIGHTS
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 from vpfast.training.files import new_folder
@@ -27,15 +27,21 @@ _TRAINING = "training.json"
 WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, _TRAINING})
 _NAME = re.compile(r"step-(\d{8})")
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclass
 class State:
-    """What a checkpoint holds beside the weights. The position in the data follows from ``step``."""
+    """What a checkpoint holds beside the weights. The position in the data follows from ``step``.
+
+    ``best`` is the least error on the validation clips so far.
+    """
 
     step: int
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     random: dict[str, Any]
+    best: float = math.inf
 
 
 def save(root: Path, model: nn.Module, state: State, config: TrainConfig) -> Path:
@@ -55,15 +61,16 @@ def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def read_weights(folder: Path) -> tuple[MSPN, TrainConfig | None]:
+def read_weights(folder: Path, kind: type[M]) -> tuple[M, TrainConfig | None]:
     """The model in ``folder``, or in ``weights`` of a run's folder, and how it was trained where that is known.
 
     Raises:
-        FileNotFoundError, ValueError: no model, or a damaged one; the message names the file.
+        FileNotFoundError, ValueError: no model, a damaged one, or not of ``kind``; the message names the file.
     """
     folder = weights_of(folder)
     model = models.load(folder)
-    assert isinstance(model, MSPN)
+    if not isinstance(model, kind):
+        raise ValueError(f"{folder} holds a trained {type(model).__name__}, must be a {kind.__name__}")
     path = folder / _TRAINING
     if not path.is_file():
         return model, None

@@ -135,7 +135,7 @@ class TrainConfig:
     loss: LossConfig = option(LossConfig(), "")
     optim: OptimConfig = option(OptimConfig(), "")
     context: int = option(10, "real frames the network is given")
-    horizon: int = option(10, "frames to predict after them")
+    horizon: int = option(10, "frames to predict after them; 0 for a model that makes the frames it is given again")
     steps: int = option(10_000, "updates of the weights")
     batch_size: int = option(8, "clips a step and process")
     seed: int = option(0, "decides the first weights, the order of the clips, and every other draw")
@@ -216,9 +216,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    for key in ("context", "horizon", "steps", "batch_size", "keep", "val_clips"):
+    for key in ("context", "steps", "batch_size", "keep", "val_clips"):
         _require(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
-    for key in ("workers", "val_every", "save_every", "seed"):
+    for key in ("horizon", "workers", "val_every", "save_every", "seed"):
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")

@@ -24,8 +24,8 @@ from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, leaves, to_dict
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, write_file
-from vpfast.training.network import build_model, start_from
-from vpfast.training.objective import pixel_objective
+from vpfast.training.network import build_model, recipe_for, start_from
+from vpfast.training.validation import validate
 
 # What may differ between a run and its continuation without making it another run.
 _FREE = ("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache")
@@ -43,9 +43,10 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     """Train as ``config`` says and return the folder of the finished weights.
 
     The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
-    weights/, which :func:`vpfast.models.load` reads. With ``resume`` the run in that folder goes on from its last
-    checkpoint, or from the start where there is none; on the CPU its weights then equal those of a run that was never
-    interrupted, bit for bit, given the same number of threads.
+    weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the weights that
+    did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
+    there is none; on the CPU its weights then equal those of a run that was never interrupted, bit for bit, given the
+    same number of threads.
 
     SIGINT and SIGTERM save a checkpoint and end in :class:`Stopped`.
 
@@ -61,7 +62,8 @@ class _Run:
     def __init__(self, config: TrainConfig, resume: bool, progress: bool) -> None:
         self.config, self.out = config, Path(config.out)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, config.data)
+        self.recipe = recipe_for(config)
+        model = build_model(config)
         _check_folder(config, resume)
         self.accelerator = _accelerator(config)
         self.progress = progress and self.accelerator.is_main_process
@@ -73,7 +75,7 @@ class _Run:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.accelerator.device)
         optimizer = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
-        self.step = 0
+        self.step, self.best = 0, math.inf
         if resume:
             self._resume(model, optimizer)
         if config.init is not None and self.step == 0:
@@ -102,7 +104,7 @@ class _Run:
                 record = self._update(frames)
                 record["seconds"] = round(time.perf_counter() - started, 4)
                 if self._due(config.val_every) and self.val is not None:
-                    record["val_mse"] = self._validate(self.val)
+                    record |= self._validate(self.val)
                 if main:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
@@ -133,12 +135,13 @@ class _Run:
             group["lr"] = rate
         self.model.train()
         frames = frames.to(self.accelerator.device, non_blocking=True)
-        loss = pixel_objective(self.model, frames, self.config, self.step)
+        loss = self.recipe.objective(self.model, frames, self.config, self.step)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss.total)
         if self.config.optim.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        told = torch.stack([loss.total.detach().float(), *(part.float() for part in loss.parts.values())])
+        value, *parts = self.accelerator.reduce(told, "mean").tolist()
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {self.step + 1}; a lower optim.lr (now {self.config.optim.lr}) or "
@@ -147,24 +150,16 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         clips = frames.shape[0] * self.accelerator.num_processes
-        return {"step": self.step, "loss": value, "lr": rate, "clips": clips}
+        terms = dict(zip(loss.parts, parts, strict=True))
+        return {"step": self.step, "loss": value, **terms, "lr": rate, "clips": clips}
 
-    @torch.no_grad()
-    def _validate(self, clips: Dataset[Tensor]) -> float:
-        """Mean squared error of the future frames, clipped to [0, 1], over the validation clips."""
-        accelerator, config = self.accelerator, self.config
-        mine = range(accelerator.process_index, len(clips), accelerator.num_processes)  # type: ignore[arg-type]
-        chunks = [list(mine[at : at + config.batch_size]) for at in range(0, len(mine), config.batch_size)]
-        self.plain.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        for chunk in chunks:
-            frames = torch.stack([clips[index] for index in chunk]).to(accelerator.device)
-            with accelerator.autocast():
-                future = self.plain.predict(frames[:, : config.context], horizon=config.horizon)
-            error = future.float().clamp(0, 1) - frames[:, config.context :]
-            sums += torch.stack([error.double().square().sum(), error.new_tensor(error.numel()).double()])
-        total, count = accelerator.reduce(sums, "sum").tolist()
-        return float(total / count)
+    def _validate(self, clips: Dataset[Tensor]) -> dict[str, Any]:
+        """What the log tells of the validation clips; the weights are kept where they never did better."""
+        record = validate(self.recipe, self.plain, clips, self.config, self.accelerator)
+        if record["val_mse"] < self.best:
+            self.best = record["val_mse"]
+            self._write_weights("best")
+        return record
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
@@ -176,6 +171,7 @@ class _Run:
             scaler = self.accelerator.scaler
             state = checkpoint.State(
                 step=self.step,
+                best=self.best,
                 optimizer=self.optimizer.state_dict(),
                 scaler=scaler.state_dict() if scaler is not None else {},
                 random=checkpoint.random_state(),
@@ -194,15 +190,17 @@ class _Run:
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         checkpoint.restore_random_state(state.random)
-        self.step = state.step
+        self.step, self.best = state.step, state.best
 
     def _finish(self) -> Path:
-        weights = self.out / "weights"
+        return self._write_weights("weights")
+
+    def _write_weights(self, name: str) -> Path:
         if self.accelerator.is_main_process:
-            with new_folder(weights, replace=True) as folder:
+            with new_folder(self.out / name, replace=True) as folder:
                 checkpoint.write_weights(folder, self.plain, self.config)
         self.accelerator.wait_for_everyone()
-        return weights
+        return self.out / name
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

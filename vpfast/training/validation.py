@@ -1,0 +1,62 @@
+"""Watching a run on clips that it is not trained on, each process on its share of them."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vpfast.metrics.video_metrics import EXACT_PSNR
+from vpfast.training.config import TrainConfig
+from vpfast.training.recipes import Recipe, perplexity
+
+
+@torch.no_grad()
+def validate(
+    recipe: Recipe, model: nn.Module, clips: Dataset[Tensor], config: TrainConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What the log tells of the validation clips, frames clipped to [0, 1]; the same in every process.
+
+    ``val_mse``: mean squared error of what the run is judged by. ``val_psnr``: by name, the mean over frames of each
+    frame's PSNR. ``val_perplexity``: by name, where codewords are counted.
+    """
+    model.eval()
+    mine = range(accelerator.process_index, len(clips), accelerator.num_processes)  # type: ignore[arg-type]
+    # A process without a clip takes part in the sums all the same: it looks at the first one, and counts it as nothing.
+    chunks = [list(mine[at : at + config.batch_size]) for at in range(0, len(mine), config.batch_size)]
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    judged = ""
+    for chunk in chunks or [[0]]:
+        frames = torch.stack([clips[index] for index in chunk]).to(accelerator.device)
+        with accelerator.autocast():
+            compared = recipe.compare(model, frames, config.context)
+        judged = compared.judged
+        for name, made in compared.made.items():
+            found = _sums(made, compared.real) * bool(chunks)
+            sums[name] = sums[name] + found if name in sums else found
+        for name, chosen in compared.counts.items():
+            found = chosen * bool(chunks)
+            counts[name] = counts[name] + found if name in counts else found
+    means = {name: _means(accelerator.reduce(each, "sum")) for name, each in sums.items()}
+    record: dict[str, Any] = {
+        "val_mse": means[judged][0],
+        "val_psnr": {name: round(psnr, 4) for name, (_, psnr) in means.items()},
+    }
+    if counts:
+        totals = {name: accelerator.reduce(each, "sum") for name, each in counts.items()}
+        record["val_perplexity"] = {name: round(perplexity(each), 4) for name, each in totals.items()}
+    return record
+
+
+def _sums(made: Tensor, real: Tensor) -> Tensor:
+    """Summed squared error and PSNR of the frames, and how many frames there are: (3,), float64."""
+    errors = (made.float().clamp(0, 1) - real.float()).double().square().flatten(2).mean(dim=2)
+    psnr = -10 * torch.log10(errors.clamp(min=10 ** (-EXACT_PSNR / 10)))
+    return torch.stack([errors.sum(), psnr.sum(), errors.new_tensor(errors.numel())])
+
+
+def _means(sums: Tensor) -> tuple[float, float]:
+    mse, psnr, frames = sums.tolist()
+    return mse / frames, psnr / frames
