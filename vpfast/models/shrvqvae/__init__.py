@@ -2,5 +2,6 @@
 
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import PRESETS, SHRVQVAEConfig
+from vpfast.models.shrvqvae.hrvqvae import HRVQVAE, HRVQVAEOutput, hrvqvae_loss
 
-__all__ = ["PRESETS", "Codes", "CodesError", "SHRVQVAEConfig"]
+__all__ = ["HRVQVAE", "PRESETS", "Codes", "CodesError", "HRVQVAEOutput", "SHRVQVAEConfig", "hrvqvae_loss"]

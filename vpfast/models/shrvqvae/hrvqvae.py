@@ -1,0 +1,279 @@
+"""The hierarchical residual vector-quantized autoencoder of single frames (paper, section 4.1)."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values
+from vpfast.models.shrvqvae.codes import Codes, CodesError
+from vpfast.models.shrvqvae.config import Reduction, Scaling, SHRVQVAEConfig
+from vpfast.models.storage import storable
+from vpfast.nn import HierarchicalResidualVQ
+from vpfast.nn.hierarchical_residual_vq import LossBreakdown
+from vpfast.ops import codeword_search
+
+_PIXELS_AT_ONCE = 2**20
+"""Pixels that encode and decode send through the network in one go: 64 frames of 128x128."""
+
+
+class HRVQVAEOutput(NamedTuple):
+    """What frames give in training.
+
+    ``reconstruction``: of the shape and on the scale of the frames, not clamped. ``indices``: int64 (B, T, h, w, n) or
+    (T, h, w, n). ``quantization_losses`` (n,): each layer's terms of Eqs. 4-5, weighted and reduced as the
+    configuration says, the pair with e_C in the last one; their sum is trained on. ``terms``: the same by name, without
+    weights. Both are zeros in evaluation mode. ``loss_reduction``, ``scaling``: how :func:`hrvqvae_loss` is to compare
+    the reconstruction.
+    """
+
+    reconstruction: Tensor
+    indices: Tensor
+    quantization_losses: Tensor
+    terms: LossBreakdown
+    loss_reduction: Reduction
+    scaling: Scaling
+
+
+@storable("hrvqvae", SHRVQVAEConfig)
+class HRVQVAE(nn.Module):
+    """Turns frames into a few integers a position and back, each frame for itself.
+
+    The encoder makes maps (D, H / m, W / m) of a frame, m = ``config.multiple``; the quantizer replaces the vector at
+    every position by a sum of n codewords, each of the codebook that the codeword before it selects (Eq. 3); the
+    decoder makes the frame of them. Gradients pass the quantizer straight through, once, on the sum e_C.
+
+    Frames are floating point in [0, 1] and of the type of the weights, (B, T, C, H, W) or (T, C, H, W), H and W
+    multiples of m.
+
+    Paper: Adiban et al., "S-HR-VQVAE: Sequential Hierarchical Residual Learning Vector Quantized Variational
+    Autoencoder for Video Prediction".
+    """
+
+    def __init__(self, config: SHRVQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        restart = config.dead_codes == "restart"
+        self.encoder = _encoder(config)
+        self.quantizer = HierarchicalResidualVQ(
+            dim=config.latent_channels,
+            codebook_size=config.codebook_size,
+            num_quantizers=config.layers,
+            strict_tree=config.strict_tree,
+            ema_update=config.codebook_update == "ema",
+            learnable_codebook=config.codebook_update == "gradient",
+            decay=config.ema_decay,
+            commitment_weight=config.commitment_weight,
+            combined_loss=config.combined_loss,
+            combined_commitment_weight=config.combined_commitment_weight,
+            loss_reduction=config.loss_reduction,
+            attached_residual=config.residual == "attached",
+            kmeans_init=restart,
+            threshold_ema_dead_code=config.dead_code_threshold if restart else 0,
+            accept_image_fmap=True,
+        )
+        self.decoder = _decoder(config)
+
+    def forward(self, frames: Tensor) -> HRVQVAEOutput:
+        """Encode, quantize and decode with everything that training needs.
+
+        In training mode codebooks start, move by averages and restart as the configuration says, under
+        ``torch.no_grad`` too. In evaluation mode nothing moves, the quantizer's terms are zeros, and gradients reach no
+        further back than the codebooks.
+
+        Raises:
+            TypeError: frames that are not floating point, or of another type than the weights.
+            ValueError: another shape, a size that does not divide, values that are not finite or far outside [0, 1];
+                see ``MSPN.forward``.
+        """
+        self._check_frames(frames)
+        clips, flat = frames.shape[:-3], frames.flatten(0, -4)
+        latent = self.encoder(self._to_network(flat))
+        quantized, indices, losses, terms = self.quantizer(latent, return_loss_breakdown=True)
+        reconstruction = self._to_frames(self.decoder(quantized))
+        return HRVQVAEOutput(
+            reconstruction.reshape(frames.shape),
+            indices.reshape(*clips, *indices.shape[1:]),
+            losses,
+            terms,
+            self.config.loss_reduction,
+            self.config.scaling,
+        )
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Codes:
+        """The codes of ``frames``, on their device. Nothing in the model changes, in training mode either.
+
+        Long clips pass in parts, so that memory beyond frames and codes does not grow with them. Errors as in
+        ``forward``, and ValueError where the encoder gives values that are not finite.
+        """
+        self._check_frames(frames)
+        *clips, _, height, width = frames.shape
+        parts = [self._indices_of(part) for part in frames.flatten(0, -4).split(_frames_at_once(height, width))]
+        indices = torch.cat(parts)
+        return Codes(
+            indices.reshape(*clips, *indices.shape[1:]),
+            self.config.codebook_size,
+            (height, width),
+            self.config.in_channels,
+            self._fingerprint(),
+        )
+
+    @torch.no_grad()
+    def decode(self, codes: Codes, layers: int | None = None) -> Tensor:
+        """The frames of ``codes``, (B, T, C, H, W) or (T, C, H, W) in [0, 1], in the model's type and on its device.
+
+        Args:
+            codes: of this model, or without a fingerprint and of its sizes; on any device.
+            layers: decode from the first ``layers`` layers alone. Codes of fewer layers than the model has are fine.
+
+        Raises:
+            TypeError: no codes.
+            ValueError: codes that do not fit this model (:class:`CodesError`), or more layers than they have.
+        """
+        self._check_codes(codes)
+        if layers is not None:
+            codes = codes.first(check_count("layers", layers, lowest=1))
+        weight, flat = self._weight, codes.flatten()
+        frames = weight.new_empty((len(flat), self.config.in_channels, *codes.frame_size))
+        size = _frames_at_once(*codes.frame_size)
+        for start in range(0, len(flat), size):
+            indices = flat[start : start + size].indices.to(weight.device)
+            latent = self.quantizer.get_output_from_indices(indices).to(weight.dtype)
+            frames[start : start + size] = self._to_frames(self.decoder(latent)).clamp_(0, 1)
+        return frames.reshape(*codes.shape[:-3], *frames.shape[1:])
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.encoder[0].weight  # type: ignore[assignment]
+        return weight
+
+    def _to_network(self, frames: Tensor) -> Tensor:
+        return (frames - 0.5) * _GAIN[self.config.scaling]
+
+    def _to_frames(self, output: Tensor) -> Tensor:
+        return output / _GAIN[self.config.scaling] + 0.5
+
+    def _indices_of(self, frames: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, h, w, n)."""
+        latent = self.encoder(self._to_network(frames)).movedim(1, -1)
+        if not torch.isfinite(latent).all():
+            raise ValueError(
+                "the encoder gives values that are not finite: its weights are not, or overflow in half precision"
+            )
+        _, indices = codeword_search(latent.flatten(0, -2), self.quantizer.codebooks, self.config.strict_tree)
+        return indices.reshape(*latent.shape[:-1], self.config.layers)
+
+    def _fingerprint(self) -> bytes:
+        """8 bytes that tell these codebooks from others. A copy of the model in another type has the same."""
+        digest = hashlib.blake2b(digest_size=8)
+        for codebook in self.quantizer.codebooks:
+            digest.update(repr(tuple(codebook.shape)).encode())
+            digest.update(codebook.detach().float().cpu().numpy().tobytes())
+        return digest.digest()
+
+    def _check_frames(self, frames: Tensor) -> None:
+        names = "B, T, C, H, W"
+        if isinstance(frames, Tensor) and frames.dim() != 5:
+            if frames.dim() != 4:
+                raise ValueError(
+                    f"frames must be ({names}) or (T, C, H, W), got {frames.dim()} dimensions: {tuple(frames.shape)}"
+                )
+            names = "T, C, H, W"
+        check_frames(frames, names, self.config.in_channels, self.config.multiple, self._weight)
+
+    def _check_codes(self, codes: Codes) -> None:
+        if not isinstance(codes, Codes):
+            raise TypeError(f"decode takes Codes, got {type(codes).__name__}")
+        config, (rows, columns), (height, width) = self.config, codes.latent_size, codes.frame_size
+        for what, given, own in (
+            ("codewords in a codebook", codes.codebook_size, config.codebook_size),
+            ("channels of a frame", codes.channels, config.in_channels),
+            ("pixels a position downwards", height // rows, config.multiple),
+            ("pixels a position sideways", width // columns, config.multiple),
+        ):
+            if given != own:
+                raise CodesError(f"these codes do not fit the model: {given} {what}, and the model has {own}")
+        if codes.layers > config.layers:
+            raise CodesError(f"these codes do not fit the model: {codes.layers} layers, and it has {config.layers}")
+        if codes.fingerprint is not None and codes.fingerprint != self._fingerprint():
+            raise CodesError(
+                f"these codes were made with other codebooks ({codes.fingerprint.hex()}) than the model's "
+                f"({self._fingerprint().hex()}); decode them with the model that encoded them"
+            )
+
+
+def hrvqvae_loss(output: HRVQVAEOutput, frames: Tensor) -> Tensor:
+    """Eq. 4, as one number: the reconstruction's squared error and all terms of the quantizer.
+
+    Args:
+        output: what the model gave.
+        frames: the frames to be reconstructed, of the same shape and in [0, 1].
+
+    Squared errors are summed, or averaged over frames, pixels and channels, as ``output.loss_reduction`` says, on the
+    network's scale, where ``scaling="unit"`` makes them four times as large. Sums are float32 for half-precision
+    reconstructions. Of an output in evaluation mode it is the squared error alone.
+
+    Raises:
+        TypeError: frames that are not floating point.
+        ValueError: frames of another shape or device, or with values as in ``HRVQVAE.forward``.
+    """
+    check_float(frames)
+    if frames.shape != output.reconstruction.shape:
+        raise ValueError(
+            f"hrvqvae_loss: frames must have the shape of the reconstruction, {tuple(output.reconstruction.shape)}, "
+            f"got {tuple(frames.shape)}"
+        )
+    check_device(frames, output.reconstruction, "reconstruction")
+    check_values(frames)
+    dtype = torch.promote_types(output.reconstruction.dtype, torch.float32)
+    squares = (output.reconstruction.to(dtype) - frames.to(dtype)).square()
+    error = squares.sum() if output.loss_reduction == "sum" else squares.mean()
+    return error * _GAIN[output.scaling] ** 2 + output.quantization_losses.sum()
+
+
+_GAIN: dict[Scaling, float] = {"half": 1.0, "unit": 2.0}
+"""How far frames in [0, 1], moved to be symmetric about 0, are stretched."""
+
+
+def _frames_at_once(height: int, width: int) -> int:
+    return max(_PIXELS_AT_ONCE // (height * width), 1)
+
+
+class _ResidualBlock(nn.Module):
+    """x + what a 3x3 convolution to a narrow map and a 1x1 convolution back make of it."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(channels, inner, 3, padding=1)
+        self.widen = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.widen(F.relu(self.narrow(F.relu(x))))
+        return x + added
+
+
+def _encoder(config: SHRVQVAEConfig) -> nn.Sequential:
+    """(N, C, H, W) -> (N, D, H / m, W / m), not activated."""
+    layers: list[nn.Module] = []
+    for narrow, wide in pairwise((config.in_channels, *config.channels)):
+        layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
+    top = config.channels[-1]
+    last = nn.Conv2d(top, config.latent_channels, 1)
+    return nn.Sequential(*layers, nn.Conv2d(top, top, 3, padding=1), *_residual_blocks(config), nn.ReLU(), last)
+
+
+def _decoder(config: SHRVQVAEConfig) -> nn.Sequential:
+    """(N, D, h, w) -> (N, C, m h, m w), not activated."""
+    layers: list[nn.Module] = []
+    for wide, narrow in pairwise((*reversed(config.channels), config.in_channels)):
+        layers += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]
+    return nn.Sequential(nn.Conv2d(config.latent_channels, config.channels[-1], 1), *_residual_blocks(config), *layers)
+
+
+def _residual_blocks(config: SHRVQVAEConfig) -> Sequence[nn.Module]:
+    return [_ResidualBlock(config.channels[-1], config.residual_channels) for _ in range(config.residual_blocks)]
