@@ -157,8 +157,9 @@ def codeword_search_train_backward(
     """Every gradient of the training op is a weighted sum of the residuals xi^1..xi^n.
 
     grad_z = grad_quantized + sum_i weights_z[i] xi^i; the gradient of a row of layer j is the sum over the vectors that
-    chose it of sum_i weights_codebooks[j, i] xi^i. ``counts`` and ``sums`` give a kernel the second without the
-    vectors (README.md beside this file says how); here they are not needed.
+    chose it of sum_i weights_codebooks[j, i] xi^i, i >= j: no loss has a weight below the diagonal, and kernels look at
+    none. ``counts`` and ``sums`` give a kernel the rows of a tree without the vectors (README.md beside this file says
+    how); here they are not needed.
     """
     xi = torch.stack(residuals(z, indices, codebooks, strict_tree)[1:])  # (n, N, D)
     grad_z = torch.einsum("i,ivd->vd", weights_z, xi)
@@ -174,8 +175,7 @@ def training(
 ) -> CodewordSearchTraining:
     """Eq. 4-5 with their stop-gradients, for PyTorch to differentiate: what ``vpfast.backend("reference")`` runs."""
     sg = Tensor.detach
-    with torch.no_grad():
-        quantized, indices, _, counts, sums = codeword_search_train(z, codebooks, strict_tree)
+    quantized, indices, _, counts, sums = codeword_search_train(sg(z), [sg(c) for c in codebooks], strict_tree)
     z_ = working(z)
     codewords = chosen_codewords(indices, codebooks, strict_tree, z_.dtype)
     e_C = sum(codewords, torch.zeros_like(z_))
