@@ -1,7 +1,16 @@
-"""Pictures out: labelled films as GIF and MP4, strips of frames as PNG."""
+"""Pictures out: labelled films as GIF and MP4, strips of frames and the layers of their codes as PNG."""
 
 from vpfast.visual.film import side_by_side
+from vpfast.visual.layers import write_code_maps, write_depths, write_heat_maps
 from vpfast.visual.strip import write_strip
 from vpfast.visual.writers import write_gif, write_mp4
 
-__all__ = ["side_by_side", "write_gif", "write_mp4", "write_strip"]
+__all__ = [
+    "side_by_side",
+    "write_code_maps",
+    "write_depths",
+    "write_gif",
+    "write_heat_maps",
+    "write_mp4",
+    "write_strip",
+]

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import chain
 from types import ModuleType
 
 import numpy as np
@@ -14,6 +16,7 @@ from vpfast.visual._frames import Pixels, temporary_for, to_pixels
 
 _GIF_CLOCK = 100  # GIF counts hundredths of a second; viewers take less than two of them for ten
 _CHUNK = 1 << 14
+_FRAMES_AT_ONCE = 32
 _EXACT = 64  # palette entries for the commonest colours: median cut averages even the paper's white away
 _BT709 = 1
 
@@ -34,15 +37,16 @@ def write_gif(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
     """
     _check_fps(fps, most=50)
     av = _import_av()
-    indices, palette = _palettize(to_pixels(frames))
+    palette, colours, entries = _palette(frames)
     options = {"loop": "0", "final_delay": str(round(_GIF_CLOCK / fps))}
     with temporary_for(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
         stream = container.add_stream("gif", rate=_GIF_CLOCK)
-        stream.height, stream.width = indices.shape[1:]
+        stream.height, stream.width = frames.shape[2:]
         stream.pix_fmt = "pal8"
         stream.codec_context.time_base = Fraction(1, _GIF_CLOCK)
-        for number, image in enumerate(indices):
-            frame = av.VideoFrame.from_ndarray((image, palette), format="pal8")
+        for number, image in enumerate(image for pixels in _chunks(frames) for image in pixels):
+            indices = entries[np.searchsorted(colours, _pack(image[None])[0])]
+            frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
             frame.time_base = Fraction(1, _GIF_CLOCK)
             frame.pts = round(number * _GIF_CLOCK / fps)
             frame.duration = round((number + 1) * _GIF_CLOCK / fps) - frame.pts
@@ -65,8 +69,9 @@ def write_mp4(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
     """
     _check_fps(fps, most=1000)
     av = _import_av()
-    pixels = to_pixels(frames)
-    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    chunks = _chunks(frames)
+    first = next(chunks)
+    odd = ((0, first.shape[1] % 2), (0, first.shape[2] % 2), (0, 0))
     h264 = "libx264" in av.codecs_available
     options = {"crf": "18", "preset": "medium"} if h264 else {"qscale": "2"}
     with (
@@ -75,31 +80,36 @@ def write_mp4(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
     ):
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264" if h264 else "mpeg4", rate=rate, options=options)
-        stream.height, stream.width = pixels.shape[1:3]
+        stream.height, stream.width = first.shape[1] + odd[0][1], first.shape[2] + odd[1][1]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = _BT709
-        for image in pixels:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        for image in (image for pixels in chain([first], chunks) for image in pixels):
+            frame = av.VideoFrame.from_ndarray(np.pad(image, odd, mode="edge"), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode(None))
 
 
-def _palettize(pixels: Pixels) -> tuple[Pixels, NDArray[np.uint8]]:
-    """uint8 (T, H, W, 3) -> uint8 indices (T, H, W) and the (256, 4) palette, alpha first."""
+def _chunks(frames: Tensor) -> Iterator[Pixels]:
+    """Frames as pixels, a few at a time: what is kept on disk and mapped into memory is never all there."""
+    for start in range(0, max(len(frames), 1), _FRAMES_AT_ONCE):  # no frame at all is refused like any other shape
+        yield to_pixels(frames[start : start + _FRAMES_AT_ONCE])
+
+
+def _palette(frames: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.uint8]]:
+    """The (256, 4) palette, alpha first; all colours of the clip, packed and sorted; and the entry that each takes."""
     palette = np.zeros((256, 4), np.uint8)
     palette[:, 0] = 255
-    packed = (pixels.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(axis=3, dtype=np.uint32)
-    colours, indices, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    colours, counts = _count_colours(frames)
     if len(colours) <= 256:
         palette[: len(colours), 1:] = _unpack(colours)
-        return indices.reshape(packed.shape).astype(np.uint8), palette
+        return palette, colours, np.arange(len(colours), dtype=np.uint8)
 
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("writing a GIF in colour needs Pillow: pip install 'vpfast[cli]'") from error
-    sample = pixels[np.linspace(0, len(pixels) - 1, min(16, len(pixels))).astype(int)]
+    sample = to_pixels(frames[np.linspace(0, len(frames) - 1, min(16, len(frames))).astype(int)])
     cut = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).quantize(256 - _EXACT, Image.Quantize.MEDIANCUT)
     chosen = np.frombuffer(bytes(cut.getpalette() or ()), np.uint8).reshape(-1, 3)[: 256 - _EXACT]
     commonest = _unpack(colours[np.argsort(-counts, kind="stable")[:_EXACT]])
@@ -109,8 +119,22 @@ def _palettize(pixels: Pixels) -> tuple[Pixels, NDArray[np.uint8]]:
     entries = torch.from_numpy(chosen).float()
     wanted = torch.from_numpy(_unpack(colours)).float()
     parts = [torch.cdist(wanted[i : i + _CHUNK], entries).argmin(dim=1) for i in range(0, len(wanted), _CHUNK)]
-    nearest = torch.cat(parts).numpy().astype(np.uint8)
-    return nearest[indices].reshape(packed.shape), palette
+    return palette, colours, torch.cat(parts).numpy().astype(np.uint8)
+
+
+def _count_colours(frames: Tensor) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The colours of a clip, packed and sorted, and how many pixels have each."""
+    colours, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
+    for pixels in _chunks(frames):
+        found, times = np.unique(_pack(pixels), return_counts=True)
+        colours, places = np.unique(np.concatenate([colours, found]), return_inverse=True)
+        counts = np.bincount(places, np.concatenate([counts, times]), len(colours)).astype(np.int64)
+    return colours, counts
+
+
+def _pack(pixels: Pixels) -> NDArray[np.uint32]:
+    packed: NDArray[np.uint32] = (pixels.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(3, dtype=np.uint32)
+    return packed
 
 
 def _unpack(colours: NDArray[np.uint32]) -> NDArray[np.uint8]:
