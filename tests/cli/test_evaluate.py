@@ -5,7 +5,7 @@ import torch
 
 import vpfast.models
 from vpfast.data import MovingDigits
-from vpfast.models import MSPN, MSPNConfig
+from vpfast.models import HRVQVAE, MSPN, MSPNConfig, SHRVQVAEConfig
 from vpfast.training import DataConfig, TrainConfig, checkpoint, evaluation
 
 
@@ -34,6 +34,36 @@ def test_the_numbers_are_those_of_the_test_split(command, trained, tmp_path, rea
         assert numbers[name]["mean"]["mse"] == pytest.approx(mse, rel=1e-5)
         assert f"| {name} | " in said
         assert f"{mse:.5g}" in said
+
+
+def test_codes_are_evaluated_by_depth(command, refused, tmp_path, read_json):
+    torch.manual_seed(0)
+    model = HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(4,), residual_channels=4, codebook_size=3, layers=2))
+    data = DataConfig(size=16, digit_size=8, digits=1)
+    checkpoint.write_weights(tmp_path / "w", model, TrainConfig(data=data, context=3, horizon=0, seed=5))
+    args = ("evaluate", "--weights", tmp_path / "w", "--clips", 4, "--batch_size", 3, "--out", tmp_path / "n.json")
+    code, said, _ = command(*args)
+    assert code == 0
+    assert "4 clips of the test split, 3 frames each, coded and made again" in said
+    digits = MovingDigits(split="test", length=3, count=4, seed=5, size=16, digit_size=8, digits=1)
+    clips = torch.stack([digits[index] for index in range(4)])
+    codes, numbers = model.eval().encode(clips), read_json(tmp_path / "n.json")
+    assert (numbers["context"], numbers["horizon"]) == (3, 0)
+    for depth, name in enumerate(("1 layer", "2 layers"), start=1):
+        mse = (model.decode(codes, depth) - clips).square().mean().item()
+        assert numbers[name]["mean"]["mse"] == pytest.approx(mse, rel=1e-5)
+        row = next(line for line in said.splitlines() if line.startswith(f"| {name} | "))
+        assert f"| {mse:.5g} |" in row
+        paths = (
+            (codes.indices[..., :depth] * torch.tensor([3, 1])[-depth:]).sum(-1).flatten().unique(return_counts=True)
+        )
+        shares = paths[1] / paths[1].sum()
+        use = numbers[name]["codes"]
+        assert (use["codewords"], use["used"]) == (3**depth, len(shares))
+        assert use["perplexity"] == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-5)
+        assert row.endswith(f"| {len(shares)} of {3**depth} | {use['perplexity']:.1f} |")
+    assert "horizon: 2 given, must be 0" in refused(*args, "--horizon", 2)
+    assert "data.size: 17 given, must be a multiple of 2" in refused(*args, "--data.size", 17)
 
 
 def test_other_clips_can_be_asked_for(command, trained, tmp_path, read_json):

@@ -51,18 +51,27 @@ def test_options_override_files_override_defaults(tmp_path):
     assert config.model == {"preset": "compact", "levels": 2}
 
 
-@pytest.mark.parametrize("name", ["mspn/moving-digits", "mspn/kth"])
+SMALL = {
+    "mspn/moving-digits": {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4},
+    "mspn/kth": {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4},
+    "shrvqvae/mnist-3x4": {},
+    "shrvqvae/kth-3x8": {},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_packaged_configurations_are_valid(name):
     options = _options.Options("test", "")
     options.add_config(TrainConfig)
     config = from_dict(TrainConfig, options.parse(["--config", name, "--data.root", "x"]))
-    small = {**config.model, "channels": [4, 8, 8], "levels": 2, "hidden_channels": 4}
-    assert isinstance(build_model(dataclasses.replace(config, model=small)), vpfast.models.MSPN)
+    model = build_model(dataclasses.replace(config, model={**config.model, **SMALL[name]}))
+    assert isinstance(model, vpfast.models.MSPN if name.startswith("mspn") else vpfast.models.HRVQVAE)
+    assert model.config.in_channels == config.data.channels
 
 
 def test_no_packaged_configuration_is_untested():
     listed = {str(path.relative_to(path.parents[1]).with_suffix("")) for path in _packaged()}
-    assert listed == {"mspn/moving-digits", "mspn/kth"}
+    assert listed == set(SMALL)
 
 
 def _packaged():
@@ -84,7 +93,8 @@ def _packaged():
         (["--data.kind", "video-folder"], "data.root: nothing given"),
         (["--data.kind", "video-folder", "--data.root", "/nowhere", "--val_every", "0"], "/nowhere"),
         (["--data.root", "/nowhere"], "/nowhere"),
-        (["--config", "mspn/nothing"], "there are: mspn/kth, mspn/moving-digits"),
+        (["--config", "mspn/nothing"], "there are: mspn/kth, mspn/moving-digits, shrvqvae/kth-3x8, shrvqvae/mnist-3x4"),
+        (["--horizon", "0"], "horizon: 0 given, must be at least 1"),
         (["--config"], "--config"),
         (["--init", "/nowhere"], "/nowhere"),
     ],

@@ -6,6 +6,18 @@ import pytest
 
 from vpfast.training import DataConfig, TrainConfig
 
+CODES = {"name": "hrvqvae", "channels": [4], "residual_channels": 4, "latent_channels": 3, "codebook_size": 3}
+
+
+@pytest.fixture
+def tiny_codes(tiny):
+    """The same of an HR-VQVAE; ``model`` holds changes to the network."""
+
+    def make(model=None, **changes):
+        return tiny(model={**CODES, **(model or {})}, horizon=0, **changes)
+
+    return make
+
 
 @pytest.fixture
 def tiny(tmp_path):

@@ -1,7 +1,6 @@
 """``vpfast evaluate``: the errors of a trained model on held-out clips, beside what to hold it to."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vpfast.cli._options import Options
+from vpfast.cli._out import check_out_file
 from vpfast.data.moving_digits import Split
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import dataset
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
     config = _checked(values)
     if values["out"]:
-        _check_out(Path(values["out"]))
+        check_out_file(Path(values["out"]), force=True)
     recipe = recipe_of(model)
     recipe.check(config)
     check_fit(model.config, config.data)  # type: ignore[arg-type]
@@ -79,16 +79,6 @@ def _options(trained: TrainConfig | None) -> Options:
     options.add("out", str | None, None, "a JSON file to write the numbers to")
     options.add_config(DataConfig, "data.", trained.data if trained else None)
     return options
-
-
-def _check_out(path: Path) -> None:
-    """Whether the numbers can be written is known before they are computed."""
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder, must be the JSON file to write")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {path} cannot be written: no permission to write in {path.parent}")
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:

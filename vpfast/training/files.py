@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there: written under another name, flushed to disk, renamed at the end."""
+"""Folders and files that are either whole or not there: written under another name, flushed to disk, then renamed."""
 
 import os
 import shutil
@@ -91,15 +91,40 @@ def flush(folder: Path) -> None:
     _flush_one(folder)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, which is never seen half-written."""
+@contextmanager
+def new_file(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields the path of a file to write, which becomes ``path`` when the block ends and vanishes when it fails.
+
+    Raises:
+        FileExistsError: ``path`` cannot be written, or exists and may not be replaced.
+    """
+    if (reason := file_refusal(path, replace)) is not None:
+        raise FileExistsError(f"{path} {reason}")
     draft = path.with_name(f".{path.name}.partial")
     try:
-        draft.write_text(text)
+        yield draft
         _flush_one(draft)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def file_refusal(path: Path, replace: bool = False) -> str | None:
+    """Why :func:`new_file` cannot make ``path``, as the end of a sentence; None if it can."""
+    if path.is_dir():
+        return "is a folder, must be a file"
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"cannot be written: there is no folder {folder}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"cannot be written: no permission to write in {folder}"
+    return "exists already" if os.path.lexists(path) and not replace else None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, which is never seen half-written."""
+    with new_file(path, replace=True) as draft:
+        draft.write_text(text)
 
 
 def _flush_one(path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from vpfast.training.recipes import mspn
+from vpfast.training.recipes import hrvqvae, mspn
 from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, perplexity
 
-RECIPES = {"mspn": mspn.RECIPE}
+RECIPES = {"mspn": mspn.RECIPE, "hrvqvae": hrvqvae.RECIPE}
 """By ``model.name``."""
 
 
