@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vpfast.cli import main
-from vpfast.models import MSPN, MSPNConfig
+from vpfast.models import HRVQVAE, MSPN, MSPNConfig, SHRVQVAEConfig
 from vpfast.training import DataConfig, TrainConfig, checkpoint
 
 
@@ -47,6 +47,20 @@ def weights(tmp_path_factory):
         data=DataConfig(kind="video-folder", root="x", size=(16, 24)), context=3, horizon=2, val_every=0
     )
     checkpoint.write_weights(folder, model, config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def code_weights(tmp_path_factory):
+    """An untrained HR-VQVAE of three layers of four for 16x24 grey frames, its codebooks spread like its latent."""
+    folder = tmp_path_factory.mktemp("code-weights")
+    torch.manual_seed(0)
+    model = HRVQVAE(
+        SHRVQVAEConfig(in_channels=1, channels=(4, 8), residual_channels=4, latent_channels=4, codebook_size=4)
+    )
+    model.train()(torch.rand(64, 1, 1, 16, 24))  # the first batch starts the codebooks
+    data = DataConfig(kind="video-folder", root="x", size=(16, 24))
+    checkpoint.write_weights(folder, model, TrainConfig(data=data, context=2, horizon=0, val_every=0))
     return folder
 
 

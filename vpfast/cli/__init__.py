@@ -14,6 +14,9 @@ COMMANDS = {
     "train": "train a model on videos or moving digits",
     "predict": "predict how a video goes on; writes GIF, MP4, PNG and NPY",
     "evaluate": "measure a trained model on held-out clips",
+    "encode": "write a video as the bit-packed codes of a trained HR-VQVAE",
+    "decode": "make the frames of such a file again; writes GIF, MP4 and NPY",
+    "visualize": "show what the layers of a trained HR-VQVAE hold of a video",
     "doctor": "show what is installed and which backend serves each operator",
 }
 

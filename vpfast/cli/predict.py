@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from vpfast.cli import Parser
+from vpfast.cli._out import check_out_folder
+from vpfast.cli._video import add_video_options, frame_size, positive
 from vpfast.data import VideoError, read_video
 from vpfast.models import MSPN
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_folder, refusal
+from vpfast.training.files import new_folder
 from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
 
 DESCRIPTION = """Predict the frames that follow `context` real frames of a video. The output folder receives:
@@ -33,21 +35,12 @@ FILES = frozenset({"prediction.npy", "prediction.gif", "prediction.mp4", "strip.
 def run(argv: Sequence[str]) -> int:
     """Predict and write; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
-    replace: bool | frozenset[str] = FILES if options.force else False
-    if (reason := refusal(options.out, replace)) is not None:
-        hint = (
-            ""
-            if options.force or not options.out.is_dir()
-            else "; --force replaces an earlier prediction, or choose another folder"
-        )
-        raise FileExistsError(f"--out {options.out} {reason}{hint}")
+    replace = check_out_folder(options.out, options.force, FILES)
     model, trained = read_weights(options.weights, MSPN)
     model.eval()
     if options.context is None:
         options.context = trained.context if trained else 10
-    if options.size is None and trained:
-        options.size = trained.data.frame_size
-    frames = _read(options, channels=model.config.in_channels)
+    frames = _read(options, frame_size(options.size, trained), channels=model.config.in_channels)
     context, future = frames[: options.context], frames[options.context :]
     device = pick_device(options.device)
     predicted = model.to(device).predict(context.unsqueeze(0).to(device), horizon=options.horizon)
@@ -71,31 +64,17 @@ def _parse(argv: Sequence[str]) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("video", type=Path, help="a video file, or a folder of frames")
-    parser.add_argument("--weights", type=Path, required=True, help="a folder of weights, or a checkpoint")
+    add_video_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--horizon", type=_positive, default=20, help="frames to predict (default: 20)")
-    parser.add_argument("--context", type=_positive, help="real frames to look at (default: as trained)")
+    parser.add_argument("--horizon", type=positive, default=20, help="frames to predict (default: 20)")
+    parser.add_argument("--context", type=positive, help="real frames to look at (default: as trained)")
     parser.add_argument("--start", type=int, default=0, help="the first of them; negative counts from the end")
-    parser.add_argument(
-        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
-    )
-    parser.add_argument("--fps", type=_positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if it can")
-    parser.add_argument("--force", action="store_true", help="replace the output folder of an earlier prediction")
+    parser.add_argument("--fps", type=positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} given, must be at least 1")
-    return number
-
-
-def _read(options: Any, channels: int) -> Tensor:
+def _read(options: Any, size: tuple[int, int] | None, channels: int) -> Tensor:
     """Context and, as far as the video goes, what followed: float32 (T, C, H, W) in [0, 1]."""
-    size = None if options.size is None else tuple(options.size)
     wanted = options.context + options.horizon
     if options.start >= 0:
         at_least = options.context

@@ -1,0 +1,49 @@
+"""What the commands share that show a video to a trained model."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vpfast.training import TrainConfig
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} given, must be at least 1")
+    return number
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """The video, how large its frames are to be, and what :func:`add_model_options` adds."""
+    parser.add_argument("video", type=Path, help="a video file, or a folder of frames")
+    parser.add_argument(
+        "--size", type=positive, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
+    )
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The weights, where they run, and whether what an earlier run wrote may go."""
+    parser.add_argument("--weights", type=Path, required=True, help="a folder of weights, or a checkpoint")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if it can")
+    parser.add_argument("--force", action="store_true", help="replace the output of an earlier run")
+
+
+def frame_size(asked: list[int] | None, trained: TrainConfig | None) -> tuple[int, int] | None:
+    """(H, W) of the frames: as asked, else as trained, else, None, as they are in the video."""
+    if asked is not None:
+        return asked[0], asked[1]
+    return None if trained is None else trained.data.frame_size
+
+
+def batches(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """uint8 (C, H, W) one by one -> float32 (T, C, H, W) in [0, 1], ``size`` at a time."""
+    source = iter(frames)
+    while some := list(islice(source, size)):
+        yield torch.stack(some).float().div_(255)
