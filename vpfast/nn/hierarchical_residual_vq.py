@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.nn._codebook_operators import share_statistics, snapshot, start_codebooks
 from vpfast.nn._codebooks import Layout, average_, restart_
 from vpfast.nn._common import check_choice, check_counts
-from vpfast.nn._codebook_operators import share_statistics, snapshot, start_codebooks
 from vpfast.ops import CodewordSearchTraining, codeword_search, codeword_search_train
 
 Reduction = Literal["mean", "sum"]
