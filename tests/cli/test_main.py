@@ -38,11 +38,19 @@ def run(code):
 
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
-    [("train", "accelerate", "cli"), ("evaluate", "jsonargparse", "cli"), ("predict", "av", "cli")],
+    [
+        ("train", "accelerate", "cli"),
+        ("evaluate", "jsonargparse", "cli"),
+        ("predict", "av", "cli"),
+        ("encode", "av", "cli"),
+    ],
 )
-def test_a_missing_extra_is_named(command, package, extra, tmp_path, weights):
+def test_a_missing_extra_is_named(command, package, extra, tmp_path, weights, code_weights):
     (tmp_path / "film.avi").write_bytes(b"")
-    args = {"predict": [str(tmp_path / "film.avi"), "--weights", str(weights), "--out", str(tmp_path / "o")]}
+    args = {
+        name: [str(tmp_path / "film.avi"), "--weights", str(folder), "--out", str(tmp_path / "o")]
+        for name, folder in (("predict", weights), ("encode", code_weights))
+    }
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         f"from vpfast.cli import main; sys.exit(main({[command, *args.get(command, [])]!r}))"
