@@ -54,22 +54,25 @@ class Samples(NamedTuple):
 def average_(
     codewords: Tensor,
     cluster_size: Tensor,
-    embed_avg: Tensor,
+    embed_avg: Tensor | None,
     counts: Tensor,
     sums: Tensor,
     layout: Layout,
     decay: float,
     eps: float,
 ) -> None:
-    """Move the table (R, D) to the exponential moving average of what its rows were chosen by, in place.
+    """Average how often each row is chosen and, with ``embed_avg``, move the table (R, D) to what chose it, in place.
 
-    cluster_size (R,) and embed_avg (R, D) are the averages of counts and sums; a codeword is their quotient, the sizes
-    of each codebook smoothed by ``eps`` (Laplace). A codebook that no vector reached stays as it is.
+    cluster_size (R,) and embed_avg (R, D) are exponential moving averages of counts and sums; a codeword is their
+    quotient, the sizes of each codebook smoothed by ``eps`` (Laplace). A codebook that no vector reached stays as it
+    is, averages included.
     """
     groups = (-1, layout.codebook_size)
     reached = (counts.view(groups).sum(1, keepdim=True) > 0).expand(groups).reshape(-1)
     weight = reached.to(counts.dtype) * (1 - decay)
     cluster_size.lerp_(counts, weight)
+    if embed_avg is None:
+        return
     embed_avg.lerp_(sums, weight[:, None])
     sizes = cluster_size.view(groups)
     total = sizes.sum(1, keepdim=True)

@@ -46,7 +46,8 @@ class HierarchicalResidualVQ(nn.Module):
     Arguments, defaults and returned shapes are those of ``ResidualVQ`` of vector-quantize-pytorch, where it has them,
     and so are the codes, the averaged codebooks and the losses of ``ema_update``. Other than there, the gradient of a
     vector passes straight through once (not n-fold, and not rotated); learnable codebooks have a loss of their own
-    (Eq. 5) beside the commitment; and a codeword that a vector of the batch chose is never restarted.
+    (Eq. 5) beside the commitment; and a codeword that a vector of the batch chose is never restarted. A codebook of the
+    tree that no vector of a batch reaches keeps its codewords and averages.
 
     Args:
         dim: D, the size of a vector.
@@ -62,6 +63,7 @@ class HierarchicalResidualVQ(nn.Module):
         kmeans_iters: Lloyd iterations of that.
         threshold_ema_dead_code: a codeword that fewer vectors a batch choose, on average, and none of this batch, is
             put onto a residual that its codebook was searched for. 0 turns that off. 2,048 restart in a step at most.
+            The average is over all ranks, and over the batches that reached the codebook.
         accept_image_fmap: take maps, (B, D, H, W) or (B, D, T, H, W).
         channel_last: where the D of (B, N, D) is; if False, take (B, D, N).
         ema_update: codebooks follow the average of what they were chosen by. None: where they are not learnable.
@@ -329,10 +331,7 @@ class HierarchicalResidualVQ(nn.Module):
             _RESTART_SAMPLES if restarts else 0,
             self.sync_codebook,
         )
-        if self.embed_avg is None:
-            self.cluster_size.lerp_(counts, 1 - self.decay)
-        else:
-            average_(self.codewords, self.cluster_size, self.embed_avg, counts, sums, self.layout, self.decay, self.eps)
+        average_(self.codewords, self.cluster_size, self.embed_avg, counts, sums, self.layout, self.decay, self.eps)
         if restarts:
             restart_(
                 self.codewords,
