@@ -7,10 +7,13 @@ import ctypes
 import itertools
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from codebooks import (
     CASES,
     DTYPES,
@@ -514,6 +517,18 @@ def test_reference_backend_gives_the_same():
         assert_codes_of_a_float64_search(found[1], z, codebooks, case[-1])
         codewords = reference.chosen_codewords(found[1], codebooks, case[-1], torch.float32)
         torch.testing.assert_close(found[0], sum(codewords))
+
+
+@native
+def test_without_compiled_kernels_the_same_ladder_holds():
+    """The operators are served by the reference then; this process has the kernels, so another one climbs."""
+    rungs = "float64_search or large_flat or not_finite or threads or one_loss_alone or no_vectors"
+    ladder = [str(path) for path in sorted(Path(__file__).parent.glob("test_codeword_search*.py"))]
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", rungs, *ladder]
+    code = f"import sys; sys.modules['vpfast._C'] = None; import pytest; sys.exit(pytest.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "needs the compiled extension" in done.stdout
 
 
 def test_refused_backend_says_why():

@@ -219,6 +219,7 @@ def test_forward_mode_and_function_transforms(choice):
     )
 
 
+@native  # the reference, which serves without it, has second derivatives
 def test_second_derivative_is_a_named_error():
     gates, c_prev = inputs((2, 8, 3))
     gates.requires_grad_()

@@ -83,21 +83,23 @@ class Backends:
         self.native = native
         self.triton = triton
 
+    def serves(self, name: str, device: str) -> bool:
+        """Can backend ``name`` serve ``device``? What ``torch.compile`` traces, so it reads no file to give reasons."""
+        if name == "native":
+            return _native.extension is not None and device in self.native
+        return name == "reference" or (self.triton and device == "cuda")
+
     def refusal(self, name: str, device: str) -> str | None:
         """Why backend ``name`` cannot serve ``device``; None if it can."""
-        if name == "reference":
+        if self.serves(name, device):
             return None
         if name == "native":
             if _native.extension is None:
                 return _native.why_missing()
-            if device not in self.native:
-                return f"no compiled kernel for {device} tensors (there is one for: {', '.join(self.native) or 'none'})"
-            return None
+            return f"no compiled kernel for {device} tensors (there is one for: {', '.join(self.native) or 'none'})"
         if not self.triton:
             return "this operator has no Triton kernel"
-        if device != "cuda":
-            return f"Triton kernels need a CUDA tensor, not {device}"
-        return None
+        return f"Triton kernels need a CUDA tensor, not {device}"
 
     def select(self, device: str) -> str:
         """The backend that serves a tensor on ``device`` under the current choice.
@@ -107,11 +109,11 @@ class Backends:
         """
         chosen = current_backend()
         if chosen != "auto":
-            if self.refusal(chosen, device) is None:
+            if self.serves(chosen, device):
                 return chosen
             return self._refuse(device, (chosen,))
         for name in ("native", "triton"):
-            if self.refusal(name, device) is None:
+            if self.serves(name, device):
                 return name
         if device == "cpu":
             return "reference"
