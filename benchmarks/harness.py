@@ -41,25 +41,31 @@ class Timing:
     cold: float
 
 
-BURST = 20
+BURST, BURST_SECONDS = 20, 0.5
 
 
 def time_side_by_side(contenders: dict[str, Callable[[], Any]], seconds: float = 6.0) -> dict[str, Timing]:
     """Bursts of `BURST` calls, contender after contender, round after round, for about ``seconds`` after a warm-up.
 
     What disturbs one disturbs all. The first call of a burst finds the caches full of another contender's data: it is
-    kept apart, as `cold`. Results are dropped at once.
+    kept apart, as `cold`. A slow contender's burst ends early, after two calls at the soonest. Results are dropped at
+    once.
     """
     for call in contenders.values():
-        for _ in range(3):
-            call()
+        stop = time.perf_counter() + BURST_SECONDS
+        for k in range(3):
+            if k < 1 or time.perf_counter() < stop:
+                call()
     warm: dict[str, list[float]] = {name: [] for name in contenders}
     cold: dict[str, list[float]] = {name: [] for name in contenders}
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(cold.values()))) < 5:
+    while time.perf_counter() < stop or len(next(iter(cold.values()))) < 3:
         for name, call in contenders.items():
+            burst_began = time.perf_counter()
             for k in range(BURST):
                 start = time.perf_counter()
+                if k >= 2 and start - burst_began > BURST_SECONDS:
+                    break
                 call()
                 (warm if k else cold)[name].append((time.perf_counter() - start) * 1e3)
     result = {}

@@ -31,6 +31,7 @@
 #include "codeword_search/codeword_search_layout.h"
 #include "codeword_search/codeword_search_problem.h"
 #include "codeword_search/codeword_search_tree.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 
 namespace vpfast {
@@ -112,6 +113,8 @@ Call plan(const std::vector<Tensor>& codebooks, int64_t vectors, int64_t dim, bo
   for (int64_t layer = 0; layer < layers; ++layer) {
     rows = strict_tree ? rows * p.codebook_size : p.codebook_size;
     const Tensor& codebook = codebooks[layer];
+    STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(),
+                    "codeword_search: more than 2^31 codewords in a layer");
     STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) == rows && codebook.size(1) == dim,
                     "codeword_search: layer ", layer + 1, " must be (", rows, ", ", dim, ")");
     call.kept.push_back(torch::stable::contiguous(torch::stable::to(codebook, kType<W>)));
@@ -150,95 +153,160 @@ int64_t grain(const Problem& p) {
 
 int64_t groups(int64_t vectors) { return (vectors + kGroup - 1) / kGroup; }
 
+// One thread's way through groups of vectors, with its working memory.
 template <class T, class W>
-struct Kernels {
-  void (*search)(const Problem&, int64_t first, int64_t count, float* residuals, double* scratch);
-  void (*follow)(const Problem&, Pass<W>&, int64_t begin, int64_t end, W* memory);
-
-  static Kernels of(Isa isa) {
-    if (isa == Isa::avx512) return {avx512::search_group<T>, avx512::follow_codes<T, W>};
-    if (isa == Isa::avx2) return {avx2::search_group<T>, avx2::follow_codes<T, W>};
-    return {plain::search_group<T>, plain::follow_codes<T, W>};
+class Walk {
+ public:
+  Walk(const Problem& p, Isa isa)
+      : p_(p),
+        residuals_(kGroup * p.dim),
+        scratch_(p.dim),
+        rows_(kGroup * p.layers),
+        numbers_((2 + kTurns * p.layers) * p.dim) {
+    const bool wide = isa == Isa::avx512, narrow = isa == Isa::plain;
+    search_ = wide ? avx512::search_group<T> : narrow ? plain::search_group<T> : avx2::search_group<T>;
+    look_up_ = wide ? avx512::look_up_rows : narrow ? plain::look_up_rows : avx2::look_up_rows;
+    follow_ = wide ? avx512::follow_codes<T, W> : narrow ? plain::follow_codes<T, W> : avx2::follow_codes<T, W>;
   }
+
+  void search(int64_t group) {
+    enter(group);
+    search_(p_, first_, count_, rows_.data(), residuals_.data(), scratch_.data());
+  }
+  void look_up(int64_t group) {
+    enter(group);
+    good_ = look_up_(p_, first_, count_, rows_.data()) && good_;
+  }
+  // What `step` does with the group that was searched or looked up last.
+  void take(Step step, Pass<W>& pass) { follow_(step, p_, pass, first_, count_, rows_.data(), numbers_.data()); }
+
+  bool good() const { return good_; }
+
+ private:
+  void enter(int64_t group) {
+    first_ = group * kGroup;
+    count_ = std::min(kGroup, p_.vectors - first_);
+  }
+
+  const Problem& p_;
+  AlignedVector<float> residuals_;
+  std::vector<double> scratch_;
+  AlignedVector<int32_t> rows_;
+  AlignedVector<W> numbers_;
+  int64_t first_ = 0, count_ = 0;
+  bool good_ = true;
+  void (*search_)(const Problem&, int64_t, int64_t, int32_t*, float*, double*);
+  bool (*look_up_)(const Problem&, int64_t, int64_t, int32_t*);
+  void (*follow_)(Step, const Problem&, Pass<W>&, int64_t, int64_t, const int32_t*, W*);
 };
 
-// A thread's working memory.
-template <class W>
-struct Memory {
-  std::vector<float> residuals;
-  std::vector<double> scratch;
-  std::vector<W> rows;
+void refuse_bad_index(bool good) { STD_TORCH_CHECK(good, "codeword_search: an index lies outside its codebook"); }
 
-  explicit Memory(const Problem& p) : residuals(kGroup * p.dim), scratch(p.dim), rows((2 + 2 * p.layers) * p.dim) {}
-};
-
-// --- sums over vectors
-// ------------------------------------------------------------------------------------------------
+// --- sums over vectors ---
 
 struct Sums {
   std::vector<double> counts, sums, errors;
 };
 
-// Takes all vectors through `visit(pass, begin, end, memory)` once with `outputs` set in the pass, and through as much
-// more as it takes to collect the table.
-template <class W, class Visit>
-Sums collect_sums(const Call& call, Pass<W> outputs, bool with_errors, std::atomic<bool>& bad_index,
-                  const Visit& visit) {
+// Each chunk of vectors collects in a table of its own, and the tables are added in order. `visit(walk, group, pass)`
+// writes what `outputs` asks for and collects.
+template <class T, class W, class Visit>
+Sums collect_by_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks, const Visit& visit) {
   const Problem& p = call.p;
   const int64_t rows = call.collected_rows(), first = call.first_collected();
-  const int64_t table_bytes = rows * (p.dim * sizeof(W) + sizeof(int64_t));
-  const bool by_chunks = 8 * table_bytes <= kTableBytes;
-  const int64_t most = by_chunks ? std::min(kChunks, kTableBytes / table_bytes) : kChunks;
-  const int64_t chunk = kGroup * std::max<int64_t>(16, (groups(p.vectors) + most - 1) / most);
-  const int64_t chunks = (p.vectors + chunk - 1) / chunk;
-
-  std::vector<W> tables(by_chunks ? chunks * rows * p.dim : 0);
-  std::vector<int64_t> counts(by_chunks ? chunks * rows : 0);
+  const int64_t chunk = (groups(p.vectors) + chunks - 1) / chunks;
+  std::vector<W> tables(chunks * rows * p.dim);
+  std::vector<int64_t> counts(chunks * rows);
   std::vector<double> errors(chunks * p.layers);
+  std::atomic<bool> good{true};
+  const Isa isa = active_isa();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Memory<W> memory(p);
+    Walk<T, W> walk(p, isa);
     for (int64_t k = begin; k < end; ++k) {
       Pass<W> pass = outputs;
-      if (with_errors) pass.errors = errors.data() + k * p.layers;
-      if (by_chunks) pass.table = {tables.data() + k * rows * p.dim, counts.data() + k * rows, first, first + rows};
-      for (int64_t v = k * chunk; v < std::min((k + 1) * chunk, p.vectors); v += kGroup) {
-        visit(pass, v, std::min(v + kGroup, p.vectors), memory, true);
+      pass.errors = errors.data() + k * p.layers;
+      pass.table = {tables.data() + k * rows * p.dim, counts.data() + k * rows, first, first + rows};
+      for (int64_t group = k * chunk; group < std::min((k + 1) * chunk, groups(p.vectors)); ++group) {
+        visit(walk, group, pass);
       }
-      if (pass.bad_index) bad_index = true;
     }
+    if (!walk.good()) good = false;
   });
+  refuse_bad_index(good);
+
+  Sums total{std::vector<double>(rows), std::vector<double>(rows * p.dim), std::vector<double>(p.layers)};
+  for (int64_t k = 0; k < chunks; ++k) {
+    for (int64_t r = 0; r < rows; ++r) total.counts[r] += counts[k * rows + r];
+    for (int64_t e = 0; e < rows * p.dim; ++e) total.sums[e] += tables[k * rows * p.dim + e];
+    for (int64_t layer = 0; layer < p.layers; ++layer) total.errors[layer] += errors[k * p.layers + layer];
+  }
+  return total;
+}
+
+// Tables too large to have many of: after a visit for the outputs alone, each range of rows takes all vectors through
+// `step` and collects what is its own.
+template <class T, class W, class Visit>
+Sums collect_by_rows(const Call& call, const Pass<W>& outputs, int64_t chunks, Step step, const Visit& visit) {
+  const Problem& p = call.p;
+  const int64_t rows = call.collected_rows(), first = call.first_collected();
+  const int64_t chunk = (groups(p.vectors) + chunks - 1) / chunks;
+  std::vector<double> errors(chunks * p.layers);
+  std::atomic<bool> good{true};
+  const Isa isa = active_isa();
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Walk<T, W> walk(p, isa);
+    for (int64_t k = begin; k < end; ++k) {
+      Pass<W> pass = outputs;
+      pass.errors = errors.data() + k * p.layers;
+      for (int64_t group = k * chunk; group < std::min((k + 1) * chunk, groups(p.vectors)); ++group) {
+        visit(walk, group, pass);
+      }
+    }
+    if (!walk.good()) good = false;
+  });
+  refuse_bad_index(good);
 
   Sums total{std::vector<double>(rows), std::vector<double>(rows * p.dim), std::vector<double>(p.layers)};
   for (int64_t k = 0; k < chunks * p.layers; ++k) total.errors[k % p.layers] += errors[k];
-  const int64_t range = (rows + 15) / 16;
-  torch::stable::parallel_for(0, 16, by_chunks && rows * p.dim < 4096 ? 16 : 1, [&](int64_t begin, int64_t end) {
-    const int64_t least = std::min(begin * range, rows), most_row = std::min(end * range, rows);
-    if (least >= most_row) return;
-    if (by_chunks) {
-      for (int64_t k = 0; k < chunks; ++k) {
-        for (int64_t r = least; r < most_row; ++r) total.counts[r] += counts[k * rows + r];
-        for (int64_t e = least * p.dim; e < most_row * p.dim; ++e) total.sums[e] += tables[k * rows * p.dim + e];
-      }
-      return;
+  constexpr int64_t ranges = 16;
+  const int64_t range = (rows + ranges - 1) / ranges;
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    const int64_t least = std::min(begin * range, rows), last = std::min(end * range, rows);
+    std::vector<W> sums((last - least) * p.dim);
+    std::vector<int64_t> counts(last - least);
+    Pass<W> pass = outputs;
+    pass.grad_z = nullptr;
+    pass.table = {sums.data(), counts.data(), first + least, first + last};
+    Walk<T, W> walk(p, isa);
+    for (int64_t group = 0; group < groups(p.vectors) && least < last; ++group) {
+      walk.look_up(group);
+      walk.take(step, pass);
     }
-    Memory<W> memory(p);
-    std::vector<W> sums((most_row - least) * p.dim);
-    std::vector<int64_t> count(most_row - least);
-    Pass<W> pass{};
-    pass.weights_codebooks = outputs.weights_codebooks;
-    pass.grad_quantized = outputs.grad_z ? nullptr : outputs.grad_quantized;
-    pass.grad_row = outputs.grad_row;
-    pass.grad_column = outputs.grad_column;
-    pass.table = {sums.data(), count.data(), first + least, first + most_row};
-    visit(pass, 0, p.vectors, memory, false);
-    std::copy(count.begin(), count.end(), total.counts.begin() + least);
+    std::copy(counts.begin(), counts.end(), total.counts.begin() + least);
     std::copy(sums.begin(), sums.end(), total.sums.begin() + least * p.dim);
   });
   return total;
 }
 
-// --- the operators
-// ----------------------------------------------------------------------------------------------------
+// `step` is the part of `visit` that collects.
+template <class T, class W, class Visit>
+Sums collect_sums(const Call& call, const Pass<W>& outputs, Step step, const Visit& visit) {
+  const Problem& p = call.p;
+  const int64_t table_bytes = call.collected_rows() * (p.dim * sizeof(W) + sizeof(int64_t));
+  const int64_t useful = std::clamp<int64_t>(groups(p.vectors) / 16, 1, kChunks),
+                affordable = kTableBytes / table_bytes;
+  if (affordable >= std::min<int64_t>(useful, 8)) {
+    return collect_by_chunks<T>(call, outputs, std::min(useful, affordable), visit);
+  }
+  return collect_by_rows<T>(call, outputs, useful, step, visit);
+}
+
+template <class W>
+void convert(const std::vector<double>& from, W* to) {
+  std::transform(from.begin(), from.end(), to, [](double x) { return static_cast<W>(x); });
+}
+
+// --- the operators ---
 
 template <class T, class W>
 std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& codebooks, bool strict_tree) {
@@ -246,21 +314,18 @@ std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& co
   Problem& p = call.p;
   Tensor quantized = torch::stable::empty({p.vectors, p.dim}, z.scalar_type());
   Tensor indices = torch::stable::empty({p.vectors, p.layers}, ScalarType::Long);
-  if (p.vectors == 0) return {quantized, indices};
   const Isa isa = active_isa();
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   prepare_search<W>(call, isa);
-  const auto kernels = Kernels<T, W>::of(isa);
-  void* to = quantized.mutable_data_ptr();
+  Pass<W> outputs{};
+  outputs.quantized = quantized.mutable_data_ptr();
   torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
-    Memory<W> memory(p);
-    Pass<W> pass{};
-    pass.quantized = to;
+    Walk<T, W> walk(p, isa);
+    Pass<W> pass = outputs;
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * kGroup, count = std::min(kGroup, p.vectors - first);
-      kernels.search(p, first, count, memory.residuals.data(), memory.scratch.data());
-      kernels.follow(p, pass, first, first + count, memory.rows.data());
+      walk.search(group);
+      walk.take(Step::add_codewords, pass);
     }
   });
   return {quantized, indices};
@@ -276,31 +341,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& z, const 
   Tensor errors = torch::stable::empty({p.layers}, kType<W>);
   Tensor counts = torch::stable::empty({call.rows}, kType<W>);
   Tensor sums = torch::stable::empty({call.rows, p.dim}, kType<W>);
-  const Isa isa = active_isa();
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  prepare_search<W>(call, isa);
-  const auto kernels = Kernels<T, W>::of(isa);
+  prepare_search<W>(call, active_isa());
   Pass<W> outputs{};
   outputs.quantized = quantized.mutable_data_ptr();
-  std::atomic<bool> bad_index{false};
-  Sums found =
-      collect_sums<W>(call, outputs, true, bad_index,
-                      [&](Pass<W>& pass, int64_t begin, int64_t end, Memory<W>& memory, bool first_visit) {
-                        if (first_visit) {
-                          kernels.search(p, begin, end - begin, memory.residuals.data(), memory.scratch.data());
-                        }
-                        kernels.follow(p, pass, begin, end, memory.rows.data());
-                      });
-  W* to = static_cast<W*>(errors.mutable_data_ptr());
-  for (int64_t layer = 0; layer < p.layers; ++layer) to[layer] = static_cast<W>(found.errors[layer]);
+  Sums found = collect_sums<T>(call, outputs, Step::measure, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
+    walk.search(group);
+    walk.take(Step::add_codewords, pass);
+    walk.take(Step::measure, pass);
+  });
+  convert(found.errors, static_cast<W*>(errors.mutable_data_ptr()));
   W* to_counts = static_cast<W*>(counts.mutable_data_ptr());
   W* to_sums = static_cast<W*>(sums.mutable_data_ptr());
   if (strict_tree) {
     statistics_from_leaves(p, std::move(found.counts), std::move(found.sums), to_counts, to_sums);
   } else {
-    std::transform(found.counts.begin(), found.counts.end(), to_counts, [](double x) { return static_cast<W>(x); });
-    std::transform(found.sums.begin(), found.sums.end(), to_sums, [](double x) { return static_cast<W>(x); });
+    convert(found.counts, to_counts);
+    convert(found.sums, to_sums);
   }
   return {quantized, indices, errors, counts, sums};
 }
@@ -324,10 +382,6 @@ Tensor check_indices(const Tensor& indices, int64_t vectors, size_t layers) {
   return torch::stable::contiguous(indices);
 }
 
-void refuse_bad_index(const std::atomic<bool>& bad_index) {
-  STD_TORCH_CHECK(!bad_index, "codeword_search: an index lies outside its codebook");
-}
-
 template <class W>
 void check_working(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   bool right = t.scalar_type() == kType<W> && t.dim() == static_cast<int64_t>(shape.size());
@@ -343,23 +397,20 @@ std::vector<Tensor> search_backward(const Tensor& grad_quantized, Tensor indices
   Problem& p = call.p;
   indices = check_indices(indices, p.vectors, codebooks.size());
   p.indices = static_cast<int64_t*>(const_cast<void*>(indices.const_data_ptr()));
-  const auto kernels = Kernels<T, W>::of(active_isa());
   Pass<W> outputs{};
   outputs.grad_quantized = grad_quantized.const_data_ptr();
   outputs.grad_row = grad_quantized.stride(0);
   outputs.grad_column = grad_quantized.stride(1);
-  std::atomic<bool> bad_index{false};
-  Sums found = collect_sums<W>(call, outputs, false, bad_index,
-                               [&](Pass<W>& pass, int64_t begin, int64_t end, Memory<W>& memory, bool) {
-                                 kernels.follow(p, pass, begin, end, memory.rows.data());
-                               });
-  refuse_bad_index(bad_index);
+  Sums found = collect_sums<T>(call, outputs, Step::scatter, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
+    walk.look_up(group);
+    walk.take(Step::scatter, pass);
+  });
   Tensor grad = torch::stable::empty({call.rows, p.dim}, kType<W>);
   W* to = static_cast<W*>(grad.mutable_data_ptr());
   if (strict_tree) {
     gradients_from_leaves(p, std::move(found.sums), to);
   } else {
-    std::transform(found.sums.begin(), found.sums.end(), to, [](double x) { return static_cast<W>(x); });
+    convert(found.sums, to);
   }
   return split_rows(call, grad, codebooks);
 }
@@ -387,7 +438,6 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
   torch::stable::zero_(grad);
   read_from(p, z);
   p.indices = static_cast<int64_t*>(const_cast<void*>(indices.const_data_ptr()));
-  const auto kernels = Kernels<T, W>::of(active_isa());
   Pass<W> outputs{};
   if (grad_quantized) {
     check_working<T>(*grad_quantized, "grad_quantized", {p.vectors, p.dim});
@@ -397,31 +447,31 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
   }
   outputs.grad_z = grad_z.mutable_data_ptr();
   outputs.weights_z = static_cast<const W*>(weights_z.const_data_ptr());
-  std::atomic<bool> bad_index{false};
   W* to = static_cast<W*>(grad.mutable_data_ptr());
+  const auto visit = [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
+    walk.look_up(group);
+    walk.take(Step::differentiate, pass);
+  };
   if (strict_tree) {
-    torch::stable::parallel_for(0, groups(p.vectors), std::max<int64_t>(1, grain(p)), [&](int64_t begin, int64_t end) {
-      Memory<W> memory(p);
+    std::atomic<bool> good{true};
+    const Isa isa = active_isa();
+    torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
+      Walk<T, W> walk(p, isa);
       Pass<W> pass = outputs;
-      kernels.follow(p, pass, begin * kGroup, std::min(end * kGroup, p.vectors), memory.rows.data());
-      if (pass.bad_index) bad_index = true;
+      for (int64_t group = begin; group < end; ++group) visit(walk, group, pass);
+      if (!walk.good()) good = false;
     });
+    refuse_bad_index(good);
     gradients_from_statistics(p, weights, static_cast<const W*>(counts.const_data_ptr()),
                               static_cast<const W*>(sums.const_data_ptr()), to);
   } else {
     outputs.weights_codebooks = weights;
-    Sums found = collect_sums<W>(call, outputs, false, bad_index,
-                                 [&](Pass<W>& pass, int64_t begin, int64_t end, Memory<W>& memory, bool) {
-                                   kernels.follow(p, pass, begin, end, memory.rows.data());
-                                 });
-    std::transform(found.sums.begin(), found.sums.end(), to, [](double x) { return static_cast<W>(x); });
+    convert(collect_sums<T>(call, outputs, Step::differentiate, visit).sums, to);
   }
-  refuse_bad_index(bad_index);
   return {grad_z, split_rows(call, grad, codebooks)};
 }
 
-// --- by type
-// ----------------------------------------------------------------------------------------------------------
+// --- by type ---
 
 void check_types(const Tensor& z, const std::vector<Tensor>& codebooks) {
   STD_TORCH_CHECK(z.dim() == 2, "codeword_search: z must be (N, D)");

@@ -1,7 +1,6 @@
 // The loops of codeword_search for one instruction set. Included by codeword_search_cpu.cpp through for_each_isa.h.
 
-// --- reading z
-// --------------------------------------------------------------------------------------------------------
+// --- reading z ---
 
 template <class X>
 VPFAST_INLINE void fill(X* to, int64_t count, X value) {
@@ -21,6 +20,9 @@ template <class T>
 VPFAST_INLINE void read_row(const T* from, int64_t stride, int64_t dim, double* to) {
   for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<double>(from[d * stride]);
 }
+
+// Are the rows of z one after another, with nothing between?
+VPFAST_INLINE bool is_dense(const Problem& p) { return p.z_column == 1 && p.z_row == p.dim; }
 
 // The largest |x|; infinity where one is NaN or infinite. As integers, magnitudes order as floats do, NaN above all.
 VPFAST_INLINE float largest_magnitude(const float* x, int64_t count) {
@@ -45,9 +47,32 @@ VPFAST_INLINE bool is_finite(const W* x, int64_t dim) {
   return true;
 }
 
-// --- scanning by panels
-// ----------------------------------------------------------------------------------------------- Codewords in the
-// lanes, a component of a vector in all of them.
+// Quickly told of dense float32; elsewhere each vector is looked at when its turn comes.
+template <class T>
+VPFAST_INLINE bool all_finite(const Problem& p, int64_t first, int64_t count) {
+  if constexpr (sizeof(T) == 4) {
+    if (is_dense(p)) {
+      return largest_magnitude(static_cast<const T*>(p.z) + first * p.dim, count * p.dim) < __builtin_inff();
+    }
+  }
+  return false;
+}
+
+// Vectors on their way down the layers together.
+struct Group {
+  int64_t first, count;
+  float* residuals;           // (kGroup, dim), zeros beyond `count`
+  int32_t* rows;              // (layers, kGroup): the chosen rows so far
+  uint64_t not_finite;        // a bit a vector
+  float margins[kMaxLayers];  // `uncertainty` at each layer
+
+  VPFAST_INLINE int64_t parent(const Problem& p, int64_t layer, int64_t v) const {
+    return p.strict_tree && layer > 0 ? rows[(layer - 1) * kGroup + v] : 0;
+  }
+};
+
+// --- scanning by panels ---
+// Codewords in the lanes, a component of a vector in all of them.
 
 template <int W>
 struct Wide {
@@ -190,64 +215,57 @@ VPFAST_INLINE int64_t settle(const Problem& p, int64_t vector, int64_t layer, in
 
 // One layer in which every vector of the group searches a codebook of its own.
 template <class T, int W>
-void scan_tree_layer(const Problem& p, int64_t first, int64_t count, int64_t layer, const float* residuals,
-                     const int64_t* parents, float margin, double* scratch) {
+void scan_tree_layer(const Problem& p, const Group& group, int64_t layer, double* scratch) {
   const int64_t lanes = p.panels.blocks * W;
-  for (int64_t v = 0; v < count; ++v) {
+  for (int64_t v = 0; v < group.count; ++v) {
+    const int64_t parent = group.parent(p, layer, v), vector = group.first + v;
     Running<W> running;
     running.reset();
-    scan_blocks<W, 1>(p, residuals + v * p.dim, p.panels.codewords[layer] + parents[v] * lanes * p.dim,
-                      p.panels.biases[layer] + parents[v] * lanes, 0, p.panels.blocks, &running);
-    p.indices[(first + v) * p.layers + layer] = settle<T, W>(p, first + v, layer, parents[v], running, margin, scratch);
+    scan_blocks<W, 1>(p, group.residuals + v * p.dim, p.panels.codewords[layer] + parent * lanes * p.dim,
+                      p.panels.biases[layer] + parent * lanes, 0, p.panels.blocks, &running);
+    p.indices[vector * p.layers + layer] =
+        settle<T, W>(p, vector, layer, parent, running, group.margins[layer], scratch);
   }
 }
 
 // One layer in which all vectors search the same codebook: tiles of vectors and codewords, as in a matrix product. A
 // slice of codewords stays in the L1 cache for the whole group.
 template <class T, int W>
-void scan_flat_layer(const Problem& p, int64_t first, int64_t count, int64_t layer, const float* residuals,
-                     float margin, double* scratch) {
+void scan_flat_layer(const Problem& p, const Group& group, int64_t layer, double* scratch) {
   constexpr int64_t height = 6, slice_bytes = 16384;
   const int64_t block_bytes = p.dim * W * 4, slice = 4 * (slice_bytes / (4 * block_bytes) + 1);
   Running<W> running[kGroup];
   for (int64_t v = 0; v < kGroup; ++v) running[v].reset();
   for (int64_t block = 0; block < p.panels.blocks; block += slice) {
     const int64_t end = block + slice < p.panels.blocks ? block + slice : p.panels.blocks;
-    for (int64_t v = 0; v < count; v += height) {
-      scan_blocks<W, height>(p, residuals + v * p.dim, p.panels.codewords[layer], p.panels.biases[layer], block, end,
-                             running + v);
+    for (int64_t v = 0; v < group.count; v += height) {
+      scan_blocks<W, height>(p, group.residuals + v * p.dim, p.panels.codewords[layer], p.panels.biases[layer], block,
+                             end, running + v);
     }
   }
-  for (int64_t v = 0; v < count; ++v) {
-    p.indices[(first + v) * p.layers + layer] = settle<T, W>(p, first + v, layer, 0, running[v], margin, scratch);
+  for (int64_t v = 0; v < group.count; ++v) {
+    const int64_t vector = group.first + v;
+    p.indices[vector * p.layers + layer] = settle<T, W>(p, vector, layer, 0, running[v], group.margins[layer], scratch);
   }
 }
 
 template <class T, int W>
-void scan_layer_by_panels(const Problem& p, int64_t first, int64_t count, int64_t layer, const float* residuals,
-                          const int64_t* parents, float margin, double* scratch) {
+void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, double* scratch) {
   if (p.strict_tree && layer > 0) {
-    scan_tree_layer<T, W>(p, first, count, layer, residuals, parents, margin, scratch);
+    scan_tree_layer<T, W>(p, group, layer, scratch);
   } else {
-    scan_flat_layer<T, W>(p, first, count, layer, residuals, margin, scratch);
+    scan_flat_layer<T, W>(p, group, layer, scratch);
   }
 }
 
 template <class T>
-void scan_layer_by_panels(const Problem& p, int64_t first, int64_t count, int64_t layer, const float* residuals,
-                          const int64_t* parents, float margin, double* scratch) {
-  if (p.panels.width == 4) {
-    scan_layer_by_panels<T, 4>(p, first, count, layer, residuals, parents, margin, scratch);
-  }
+void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, double* scratch) {
+  if (p.panels.width == 4) scan_layer_by_panels<T, 4>(p, group, layer, scratch);
 #if VPFAST_ISA_LEVEL > 0
-  if (p.panels.width == 8) {
-    scan_layer_by_panels<T, 8>(p, first, count, layer, residuals, parents, margin, scratch);
-  }
+  if (p.panels.width == 8) scan_layer_by_panels<T, 8>(p, group, layer, scratch);
 #endif
 #if VPFAST_ISA_LEVEL == 2
-  if (p.panels.width == 16) {
-    scan_layer_by_panels<T, 16>(p, first, count, layer, residuals, parents, margin, scratch);
-  }
+  if (p.panels.width == 16) scan_layer_by_panels<T, 16>(p, group, layer, scratch);
 #endif
 }
 
@@ -255,206 +273,139 @@ void scan_layer_by_panels(const Problem& p, int64_t first, int64_t count, int64_
 #include "codeword_search/codeword_search_lookup.h"
 #endif
 
-// --- the search
-// -------------------------------------------------------------------------------------------------------
+// --- the search ---
 
 template <class T, class W>
 int64_t exact_code(const Problem& p, int64_t vector, int64_t layer, int64_t parent, double* scratch) {
   return decide<T, W>(p, vector, layer, parent, p.indices + vector * p.layers, nullptr, p.codebook_size, scratch);
 }
 
-// The codes of one group; `residuals` (kGroup, dim) and `scratch` (dim) are working memory.
+// Vectors with NaN or infinity are searched as zeros, and given codes 0 at the end.
 template <class T>
-void search_group(const Problem& p, int64_t first, int64_t count, float* residuals, double* scratch) {
-  const T* z = static_cast<const T*>(p.z);
-  for (int64_t v = 0; v < count; ++v) read_row(z + (first + v) * p.z_row, p.z_column, p.dim, residuals + v * p.dim);
-  fill(residuals + count * p.dim, (kGroup - count) * p.dim, 0.0f);
-
-  float largest = largest_magnitude(residuals, count * p.dim);
-  const bool all_finite = largest < __builtin_inff();
-  bool finite[kGroup];
-  for (int64_t v = 0; v < count; ++v) finite[v] = all_finite || is_finite(residuals + v * p.dim, p.dim);
-  if (!all_finite) {
-    for (int64_t v = 0; v < count; ++v) {
-      if (!finite[v]) fill(residuals + v * p.dim, p.dim, 0.0f);
+VPFAST_INLINE void read_group(const Problem& p, Group& group) {
+  const T* z = static_cast<const T*>(p.z) + group.first * p.z_row;
+  const int64_t size = group.count * p.dim;
+  if (is_dense(p)) {
+    for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(T)); byte += 64) {  // the next group's
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(z + size) + byte));
     }
-    largest = largest_magnitude(residuals, count * p.dim);
+    read_row(z, 1, size, group.residuals);
+  } else {
+    for (int64_t v = 0; v < group.count; ++v) {
+      read_row(z + v * p.z_row, p.z_column, p.dim, group.residuals + v * p.dim);
+    }
+  }
+  fill(group.residuals + size, kGroup * p.dim - size, 0.0f);
+
+  float largest = largest_magnitude(group.residuals, size);
+  if (!(largest < __builtin_inff())) {
+    for (int64_t v = 0; v < group.count; ++v) {
+      if (is_finite(group.residuals + v * p.dim, p.dim)) continue;
+      group.not_finite |= uint64_t{1} << v;
+      fill(group.residuals + v * p.dim, p.dim, 0.0f);
+    }
+    largest = largest_magnitude(group.residuals, size);
   }
   double length = __builtin_sqrt(static_cast<double>(p.dim)) * largest;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    group.margins[layer] = uncertainty(p.dim, layer, length, p.reach[layer]);
+    length += p.reach[layer];
+  }
+}
 
-  int64_t parents[kGroup] = {}, layer = 0;
+VPFAST_INLINE void find_rows(const Problem& p, Group& group, int64_t layer) {
+  for (int64_t v = 0; v < group.count; ++v) {
+    const int64_t code = p.indices[(group.first + v) * p.layers + layer];
+    group.rows[layer * kGroup + v] =
+        static_cast<int32_t>(row_of(p.strict_tree, p.codebook_size, group.parent(p, layer, v), code));
+  }
+}
+
+// From xi^(i-1) to xi^i.
+VPFAST_INLINE void step_down(const Problem& p, Group& group, int64_t layer) {
+  for (int64_t v = 0; v < group.count; ++v) {
+    const float* codeword = static_cast<const float*>(p.rows[layer]) + group.rows[layer * kGroup + v] * p.dim;
+    float* residual = group.residuals + v * p.dim;
+    for (int64_t d = 0; d < p.dim; ++d) residual[d] -= codeword[d];
+  }
+}
+
+// How many leading layers go by lookups: none where a scan could overflow.
+VPFAST_INLINE int64_t layers_to_look_up(const Problem& p, const Group& group) {
+  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
+    if (!(group.margins[layer] < __builtin_inff())) return 0;
+  }
+  return p.lookups.layers;
+}
+
+// The codes of `count` vectors from `first`, also told as `rows` (layers, kGroup); `residuals` (kGroup, dim) and
+// `scratch` (dim) are working memory.
+template <class T>
+void search_group(const Problem& p, int64_t first, int64_t count, int32_t* rows, float* residuals, double* scratch) {
+  Group group{first, count, residuals, rows, 0, {}};
+  read_group<T>(p, group);
+  int64_t looked_up = 0;
 #if VPFAST_ISA_LEVEL == 2
-  bool sure = p.lookups.layers > 0;
-  double reached = length;
-  for (int64_t above = 0; sure && above < p.lookups.layers; ++above) {
-    sure = uncertainty(p.dim, above, reached, p.reach[above]) < __builtin_inff();
-    reached += p.reach[above];
-  }
-  if (sure) {
-    for (int64_t v = 0; v < count; v += 16) {
-      const int some = count - v < 16 ? static_cast<int>(count - v) : 16;
-      search_by_lookup<T>(p, first + v, some, residuals + v * p.dim, length, scratch);
-    }
-  }
-  const int64_t looked_up = sure ? p.lookups.layers : 0;
-#else
-  const int64_t looked_up = 0;
+  looked_up = layers_to_look_up(p, group);
+  for (int64_t v = 0; looked_up > 0 && v < count; v += 16) search_by_lookup<T>(p, group, v, scratch);
 #endif
-  for (; layer < p.layers; ++layer) {
+  for (int64_t layer = 0; layer < p.layers && looked_up < p.layers; ++layer) {
     if (layer >= looked_up) {
-      const float margin = uncertainty(p.dim, layer, length, p.reach[layer]);
-      if (margin < __builtin_inff()) {
-        scan_layer_by_panels<T>(p, first, count, layer, residuals, parents, margin, scratch);
+      if (group.margins[layer] < __builtin_inff()) {
+        scan_layer_by_panels<T>(p, group, layer, scratch);
       } else {
         for (int64_t v = 0; v < count; ++v) {
+          const int64_t parent = group.parent(p, layer, v);
           p.indices[(first + v) * p.layers + layer] =
-              finite[v] ? exact_code<T, float>(p, first + v, layer, parents[v], scratch) : 0;
+              group.not_finite >> v & 1 ? 0 : exact_code<T, float>(p, first + v, layer, parent, scratch);
         }
       }
+      find_rows(p, group, layer);
     }
-    if (layer + 1 == p.layers || looked_up == p.layers) break;
-    length += p.reach[layer];
-    for (int64_t v = 0; v < count; ++v) {
-      const int64_t row = row_of(p.strict_tree, p.codebook_size, parents[v], p.indices[(first + v) * p.layers + layer]);
-      const float* codeword = static_cast<const float*>(p.rows[layer]) + row * p.dim;
-      float* residual = residuals + v * p.dim;
-      for (int64_t d = 0; d < p.dim; ++d) residual[d] -= codeword[d];
-      parents[v] = p.strict_tree ? row : 0;
-    }
+    if (layer + 1 < p.layers) step_down(p, group, layer);
   }
-  for (int64_t v = 0; !all_finite && v < count; ++v) {
-    if (!finite[v]) fill(p.indices + (first + v) * p.layers, p.layers, int64_t{0});
+  for (int64_t v = 0; group.not_finite && v < count; ++v) {
+    if (!(group.not_finite >> v & 1)) continue;
+    fill(p.indices + (first + v) * p.layers, p.layers, int64_t{0});
+    for (int64_t layer = 0; layer < p.layers; ++layer) rows[layer * kGroup + v] = 0;
   }
 }
 
 // float64 vectors take the deciding search alone.
 template <>
-void search_group<double>(const Problem& p, int64_t first, int64_t count, float*, double* scratch) {
+void search_group<double>(const Problem& p, int64_t first, int64_t count, int32_t* rows, float*, double* scratch) {
+  Group group{first, count, nullptr, rows, 0, {}};
   const double* z = static_cast<const double*>(p.z);
-  for (int64_t v = first; v < first + count; ++v) {
-    int64_t* codes = p.indices + v * p.layers;
-    read_row(z + v * p.z_row, p.z_column, p.dim, scratch);
-    const bool finite = is_finite(scratch, p.dim);
-    int64_t parent = 0;
-    for (int64_t layer = 0; layer < p.layers; ++layer) {
-      codes[layer] = finite ? exact_code<double, double>(p, v, layer, parent, scratch) : 0;
-      parent = p.strict_tree ? row_of(true, p.codebook_size, parent, codes[layer]) : 0;
+  for (int64_t v = 0; v < count; ++v) {
+    read_row(z + (first + v) * p.z_row, p.z_column, p.dim, scratch);
+    if (!is_finite(scratch, p.dim)) group.not_finite |= uint64_t{1} << v;
+  }
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    for (int64_t v = 0; v < count; ++v) {
+      const int64_t parent = group.parent(p, layer, v);
+      p.indices[(first + v) * p.layers + layer] =
+          group.not_finite >> v & 1 ? 0 : exact_code<double, double>(p, first + v, layer, parent, scratch);
     }
+    find_rows(p, group, layer);
   }
 }
 
-// --- everything that follows from the codes
-// ---------------------------------------------------------------------------
-
-template <class T, class W>
-VPFAST_INLINE void write_row(const W* from, int64_t dim, T* to) {
-  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(from[d]);
-}
-
-template <class W>
-VPFAST_INLINE void collect(Table<W>& table, int64_t row, const W* x, int64_t dim) {
-  if (row < table.least || row >= table.end) return;
-  W* sum = table.sums + (row - table.least) * dim;
-  for (int64_t d = 0; d < dim; ++d) sum[d] += x[d];
-  if (table.counts) ++table.counts[row - table.least];
-}
-
-// Vectors [begin, end) once more, now with their codes: outputs, errors, gradients and sums, as `pass` asks for. Two
-// such passes over the same vectors give the same residuals bit for bit. `memory` holds (2 + layers) rows and the
-// errors by component (layers, dim).
-template <class T, class W, int known_dim>
-void follow(const Problem& p, Pass<W>& pass, int64_t begin, int64_t end, W* memory) {
-  const int64_t dim = known_dim ? known_dim : p.dim, layers = p.layers;
-  W* x = memory;                // the residual
-  W* y = memory + dim;          // what is written
-  W* after = memory + 2 * dim;  // xi^1 .. xi^n
-  W* squares = after + layers * dim;
-  if (pass.errors) fill(squares, layers * dim, W(0));
-
-  for (int64_t v = begin; v < end; ++v) {
-    const W* codeword[kMaxLayers];
-    int64_t row[kMaxLayers], parent = 0;
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      int64_t code = p.indices[v * layers + layer];
+// `rows` of codes that were found before. False where one of them lies outside its codebook: it is taken for 0.
+inline bool look_up_rows(const Problem& p, int64_t first, int64_t count, int32_t* rows) {
+  bool good = true;
+  for (int64_t v = 0; v < count; ++v) {
+    int64_t parent = 0;
+    for (int64_t layer = 0; layer < p.layers; ++layer) {
+      int64_t code = p.indices[(first + v) * p.layers + layer];
       if (static_cast<uint64_t>(code) >= static_cast<uint64_t>(p.codebook_size)) {
-        pass.bad_index = true;
+        good = false;
         code = 0;
       }
       parent = row_of(p.strict_tree, p.codebook_size, parent, code);
-      row[layer] = p.first_row[layer] + parent;
-      codeword[layer] = static_cast<const W*>(p.rows[layer]) + parent * dim;
-    }
-
-    bool finite = true;
-    if (p.z) {
-      read_row(static_cast<const T*>(p.z) + v * p.z_row, p.z_column, dim, x);
-      finite = is_finite(x, dim);
-    }
-    if (pass.quantized) {
-      for (int64_t d = 0; d < dim; ++d) y[d] = finite ? codeword[0][d] : W(__builtin_nanf(""));
-      for (int64_t layer = 1; layer < layers; ++layer) {
-        for (int64_t d = 0; d < dim; ++d) y[d] += codeword[layer][d];
-      }
-      write_row(y, dim, static_cast<T*>(pass.quantized) + v * dim);
-    }
-    if (pass.grad_quantized) {
-      const T* grad = static_cast<const T*>(pass.grad_quantized) + v * pass.grad_row;
-      read_row(grad, pass.grad_column, dim, y);
-      if (!pass.grad_z) {  // the gradient of the sum of codewords goes to each of them
-        if (p.strict_tree) {
-          collect(pass.table, row[layers - 1], y, dim);
-        } else {
-          for (int64_t layer = 0; layer < layers; ++layer) collect(pass.table, row[layer], y, dim);
-        }
-        continue;
-      }
-    } else if (pass.grad_z) {
-      fill(y, dim, W(0));
-    }
-
-    const bool counted = pass.table.end > pass.table.least && finite;
-    if (!pass.errors && !pass.grad_z && !counted) continue;
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      if (counted && !p.strict_tree && !pass.weights_codebooks) collect(pass.table, row[layer], x, dim);
-      for (int64_t d = 0; d < dim; ++d) x[d] -= codeword[layer][d];
-      if (pass.errors) {
-        W* square = squares + layer * dim;
-        for (int64_t d = 0; d < dim; ++d) square[d] += finite ? x[d] * x[d] : W(__builtin_nanf(""));
-      }
-      if (pass.grad_z) {
-        const W weight = pass.weights_z[layer];
-        for (int64_t d = 0; d < dim; ++d) y[d] += finite ? weight * x[d] : W(__builtin_nanf(""));
-      }
-      if (pass.weights_codebooks) write_row(x, dim, after + layer * dim);
-    }
-    if (pass.grad_z) write_row(y, dim, static_cast<T*>(pass.grad_z) + v * dim);
-    if (!counted) continue;
-    if (!pass.weights_codebooks) {
-      if (p.strict_tree) collect(pass.table, row[layers - 1], x, dim);
-      continue;
-    }
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      if (row[layer] < pass.table.least || row[layer] >= pass.table.end) continue;
-      fill(y, dim, W(0));
-      for (int64_t other = layer; other < layers; ++other) {
-        const W weight = pass.weights_codebooks[layer * layers + other];
-        if (weight == 0) continue;
-        for (int64_t d = 0; d < dim; ++d) y[d] += weight * after[other * dim + d];
-      }
-      collect(pass.table, row[layer], y, dim);
+      rows[layer * kGroup + v] = static_cast<int32_t>(parent);
     }
   }
-  if (!pass.errors) return;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    double sum = 0;
-    for (int64_t d = 0; d < dim; ++d) sum += squares[layer * dim + d];
-    pass.errors[layer] += sum;
-  }
+  return good;
 }
 
-template <class T, class W>
-void follow_codes(const Problem& p, Pass<W>& pass, int64_t begin, int64_t end, W* memory) {
-  if (p.dim == 8) return follow<T, W, 8>(p, pass, begin, end, memory);
-  if (p.dim == 4) return follow<T, W, 4>(p, pass, begin, end, memory);
-  follow<T, W, 0>(p, pass, begin, end, memory);
-}
+#include "codeword_search/codeword_search_follow.h"

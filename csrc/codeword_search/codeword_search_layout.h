@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "codeword_search/codeword_search_problem.h"
+#include "common/aligned.h"
 
 namespace vpfast {
 
@@ -35,7 +36,7 @@ double reach(const W* codewords, int64_t rows, int64_t dim) {
 }
 
 struct PackedPanels {
-  std::vector<std::vector<float>> codewords, biases;
+  std::vector<AlignedVector<float>> codewords, biases;
 };
 
 // Panels of `layers_from`.. to the last layer, in registers of at most `lanes` floats.
@@ -52,7 +53,7 @@ inline PackedPanels pack_panels(Problem& p, int64_t layers_from, int lanes) {
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     if (layer >= layers_from) {
       const int64_t blocks = parents * panels.blocks;
-      std::vector<float>&codewords = packed.codewords[layer], &biases = packed.biases[layer];
+      AlignedVector<float>&codewords = packed.codewords[layer], &biases = packed.biases[layer];
       codewords.resize(blocks * p.dim * width);
       biases.resize(blocks * width);
       const float* rows = static_cast<const float*>(p.rows[layer]);
@@ -99,7 +100,7 @@ inline int64_t layers_by_lookup(const Problem& p) {
 }
 
 struct PackedLookups {
-  std::vector<std::vector<float>> by_parent, by_row;
+  std::vector<AlignedVector<float>> by_parent, by_row;
 };
 
 inline int64_t padded(int64_t entries) {
@@ -116,7 +117,7 @@ inline PackedLookups pack_lookups(Problem& p) {
   int64_t parents = 1;
   for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
     const int64_t rows = parents * p.codebook_size, parent_stride = padded(parents), row_stride = padded(rows);
-    std::vector<float>&by_parent = packed.by_parent[layer], &by_row = packed.by_row[layer];
+    AlignedVector<float>&by_parent = packed.by_parent[layer], &by_row = packed.by_row[layer];
     by_parent.resize(p.codebook_size * (p.dim + 1) * parent_stride);
     by_row.resize(p.dim * row_stride);
     const float* codewords = static_cast<const float*>(p.rows[layer]);

@@ -125,25 +125,43 @@ VPFAST_INLINE void subtract_rows(const Problem& p, int64_t layer, int64_t rows, 
 
 // Sixteen rows of the group's residuals, one component a register.
 VPFAST_INLINE void transpose(const float* rows, int64_t dim, __m512* components) {
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4) {
+    __m512 four[4];  // four[j] holds, in its quarters, components d .. d + 3 of rows j, j + 4, j + 8, j + 12
+    for (int j = 0; j < 4; ++j) {
+      const float* row = rows + j * dim + d;
+      four[j] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+      four[j] = _mm512_insertf32x4(four[j], _mm_loadu_ps(row + 4 * dim), 1);
+      four[j] = _mm512_insertf32x4(four[j], _mm_loadu_ps(row + 8 * dim), 2);
+      four[j] = _mm512_insertf32x4(four[j], _mm_loadu_ps(row + 12 * dim), 3);
+    }
+    const __m512d low01 = (__m512d)_mm512_unpacklo_ps(four[0], four[1]);
+    const __m512d low23 = (__m512d)_mm512_unpacklo_ps(four[2], four[3]);
+    const __m512d high01 = (__m512d)_mm512_unpackhi_ps(four[0], four[1]);
+    const __m512d high23 = (__m512d)_mm512_unpackhi_ps(four[2], four[3]);
+    components[d] = (__m512)_mm512_unpacklo_pd(low01, low23);
+    components[d + 1] = (__m512)_mm512_unpackhi_pd(low01, low23);
+    components[d + 2] = (__m512)_mm512_unpacklo_pd(high01, high23);
+    components[d + 3] = (__m512)_mm512_unpackhi_pd(high01, high23);
+  }
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)dim));
-  for (int64_t d = 0; d < dim; ++d) components[d] = _mm512_i32gather_ps(offset, rows + d, 4);
+  for (; d < dim; ++d) components[d] = _mm512_i32gather_ps(offset, rows + d, 4);
 }
 
-// The codes of vectors first .. first + count - 1 (at most 16) in the layers of p.lookups; `length` bounds the
-// residuals.
+// The codes of the group's vectors from `start`, sixteen or as many as there are, in the layers of p.lookups.
 template <class T>
-void search_by_lookup(const Problem& p, int64_t first, int count, const float* residuals, double length,
-                      double* scratch) {
+void search_by_lookup(const Problem& p, const Group& group, int64_t start, double* scratch) {
+  const int64_t first = group.first + start, layers = p.layers;
+  const int count = group.count - start < 16 ? static_cast<int>(group.count - start) : 16;
   __m512 residual[kMaxLookupDim];
-  transpose(residuals, p.dim, residual);
+  transpose(group.residuals + start * p.dim, p.dim, residual);
   __m512i parent = _mm512_setzero_si512();
   alignas(64) int32_t codes[kMaxLayers][16];
   int64_t parents = 1;
   for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
-    const float margin = uncertainty(p.dim, layer, length, p.reach[layer]);
     Best best = scan_layer(p, layer, parents, parent, residual);
-    const __m512 bar = _mm512_sub_ps(best.first, _mm512_set1_ps(margin));
+    const __m512 bar = _mm512_sub_ps(best.first, _mm512_set1_ps(group.margins[layer]));
     _mm512_store_si512(codes[layer], best.code);
     uint32_t unsure = _mm512_cmp_ps_mask(best.second, bar, _CMP_NLT_UQ) & ((1u << count) - 1);
     if (unsure) {
@@ -164,13 +182,18 @@ void search_by_lookup(const Problem& p, int64_t first, int count, const float* r
       parent = row;
       parents *= p.codebook_size;
     }
+    _mm512_storeu_si512(group.rows + layer * kGroup + start, row);
     if (layer + 1 < p.lookups.layers) {
       subtract_rows(p, layer, p.strict_tree ? parents : p.codebook_size, row, residual);
     }
-    length += p.reach[layer];
   }
-  int64_t* indices = p.indices + first * p.layers;
-  for (int lane = 0; lane < count; ++lane) {
-    for (int64_t layer = 0; layer < p.lookups.layers; ++layer) indices[lane * p.layers + layer] = codes[layer][lane];
+  int64_t* const indices = p.indices + first * layers;
+  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
+    int64_t* to = indices + layer;
+    if (count == 16) {
+      for (int lane = 0; lane < 16; ++lane, to += layers) *to = codes[layer][lane];
+    } else {
+      for (int lane = 0; lane < count; ++lane, to += layers) *to = codes[layer][lane];
+    }
   }
 }

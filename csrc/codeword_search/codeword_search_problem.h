@@ -45,8 +45,7 @@ struct Problem {
   int64_t* indices;  // (vectors, layers)
 };
 
-// Where sums over vectors are collected: rows [least, end) of the table, in the order of the vectors. In a tree only
-// the last layer's rows are collected, as the others follow from them.
+// Where sums over vectors are collected: rows [least, end), in the order of the vectors.
 template <class W>
 struct Table {
   W* sums;  // (end - least, dim)
@@ -54,18 +53,22 @@ struct Table {
   int64_t least, end;
 };
 
-// What else a pass over the codes of some vectors reads and writes; null where it does not.
+constexpr int64_t kTurns = 4;
+
+// What can be done with vectors and their codes: see the functions of these names in codeword_search_kernel.h.
+enum class Step { add_codewords, measure, differentiate, scatter };
+
+// What a step reads and writes; null where it does not.
 template <class W>
 struct Pass {
   void* quantized;             // (vectors, dim)
   double* errors;              // (layers,), added to
-  const void* grad_quantized;  // (vectors, dim), strides below
+  const void* grad_quantized;  // (vectors, dim)
   int64_t grad_row, grad_column;
   void* grad_z;                // (vectors, dim)
   const W* weights_z;          // (layers,)
   const W* weights_codebooks;  // (layers, layers)
   Table<W> table;
-  bool bad_index;  // set when a code lies outside the codebook
 };
 
 // In float64 the nearest of `count` codes below row `parent`, of all codes where `candidates` is null: the lowest of
