@@ -220,13 +220,16 @@ def test_codes_and_back_are_the_reconstruction(changes: dict[str, Any]) -> None:
     assert torch.equal(codes.indices, output.indices)
     torch.testing.assert_close(model.decode(codes), output.reconstruction.clamp(0, 1), rtol=1e-5, atol=1e-6)
     assert not model.decode(codes).requires_grad
-    assert model.decode(codes).min() >= 0
-    assert model.decode(codes).max() <= 1
-    loud = tiny(**changes)
+
+
+def test_decoded_frames_are_clamped_and_reconstructions_are_not() -> None:
+    model, frames = tiny(), clip()
     with torch.no_grad():
-        loud.decoder[-1].weight.mul_(100)
-    assert loud.decode(loud.encode(frames)).unique().tolist()[:: max(len(frames), 1)][0] == 0
-    assert loud(frames).reconstruction.min() < 0
+        model.decoder[-1].weight.mul_(100)
+    reconstruction, decoded = model(frames).reconstruction, model.decode(model.encode(frames))
+    assert reconstruction.min() < 0
+    assert reconstruction.max() > 1
+    assert (decoded.min(), decoded.max()) == (0, 1)
 
 
 def test_decoding_from_the_first_layers() -> None:
@@ -506,7 +509,7 @@ def test_learns_moving_digits_and_every_layer_helps(codebook_update: str) -> Non
     data = MovingDigits(None, count=4, length=4)
     frames = torch.stack([data[index] for index in range(4)])
     model = HRVQVAE(SHRVQVAEConfig.preset("mnist-3x4", codebook_update=codebook_update)).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(60):
         loss = hrvqvae_loss(model(frames), frames)
         optimizer.zero_grad()

@@ -62,7 +62,7 @@ class SHRVQVAEConfig(ModelConfig):
     layers: int = 3
     strict_tree: bool = True
     codebook_update: CodebookUpdate = "gradient"
-    ema_decay: float = 0.99
+    ema_decay: float = 0.9
     commitment_weight: float | tuple[float, ...] = 0.25
     combined_loss: bool = True
     combined_commitment_weight: float = 0.25
