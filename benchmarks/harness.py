@@ -75,6 +75,33 @@ def time_side_by_side(contenders: dict[str, Callable[[], Any]], seconds: float =
     return result
 
 
+def peak_memory(call: Callable[[], Any]) -> int | None:
+    """Bytes that the process held at most during ``call``, beyond what it held before and the tensors returned.
+
+    All memory counts, with what neither Python nor PyTorch knows of. None where the system does not tell.
+    """
+    peak_reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def held(field: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        peak_reset.write_text("5")
+    except OSError:
+        return None
+    before = held("VmRSS")
+    result = call()
+    return held("VmHWM") - before - sum(t.nbytes for t in result)
+
+
+def available_memory() -> int:
+    """Bytes that the system could still give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a figure by."""
     import vpfast
