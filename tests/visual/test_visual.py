@@ -133,10 +133,15 @@ def test_a_little_beyond_white_and_black_is_clipped(tmp_path, name):
     clip = moving()
     clip[:, :, 14:17], clip[:, :, 17:] = 1, 0
     WRITERS[name](tmp_path / name, clip)
-    plain = (tmp_path / name).read_bytes()
-    clip[:, :, 14:17], clip[:, :, 17:] = 1.6, -0.4
-    WRITERS[name](tmp_path / name, clip)
-    assert (tmp_path / name).read_bytes() == plain
+    WRITERS[name](
+        tmp_path / f"beyond-{name}",
+        clip.index_fill(2, torch.arange(14, 17), 1.6).index_fill(2, torch.arange(17, 20), -0.4),
+    )
+    if name.endswith(".mp4"):  # libx264 does not always encode the same frames to the same bytes
+        plain, beyond = (read_video(tmp_path / each).int() for each in (name, f"beyond-{name}"))
+        assert (plain - beyond).abs().max() < 10
+    else:
+        assert (tmp_path / f"beyond-{name}").read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", WRITERS)
