@@ -63,7 +63,10 @@ def test_codes_are_evaluated_by_depth(command, refused, tmp_path, read_json):
         assert use["perplexity"] == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-5)
         assert row.endswith(f"| {len(shares)} of {3**depth} | {use['perplexity']:.1f} |")
     assert "horizon: 2 given, must be 0" in refused(*args, "--horizon", 2)
-    assert "data.size: 17 given, must be a multiple of 2" in refused(*args, "--data.size", 17)
+    (tmp_path / "w" / "training.json").unlink()  # weights that do not say how they were trained
+    code, said, _ = command(*args, "--context", 3, "--seed", 5, "--data.size", 16, "--data.digit_size", 8)
+    assert (code, "4 clips of the test split, 3 frames each" in said) == (0, True)
+    assert "data.size: 31 given, must be a multiple of 2" in refused(*args, "--data.size", 31)
 
 
 def test_other_clips_can_be_asked_for(command, trained, tmp_path, read_json):

@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate; returns 0."""
     weights = _weights(argv)
     model, trained = (None, None) if weights is None else read_weights(weights, nn.Module)
-    values = _options(trained).parse(argv)
+    predicts = model is None or recipe_of(model).predicts
+    values = _options(trained, horizon=10 if predicts else 0).parse(argv)
     if model is None:
         raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
     config = _checked(values)
@@ -66,12 +67,12 @@ def _weights(argv: Sequence[str]) -> Path | None:
     return None
 
 
-def _options(trained: TrainConfig | None) -> Options:
+def _options(trained: TrainConfig | None, horizon: int) -> Options:
     options = Options("vpfast evaluate", DESCRIPTION)
     options.add("weights", str, None, "a folder of weights, or a checkpoint; the options below default to its own")
     options.add("split", Split, "test", "which clips")
     options.add("context", int, trained.context if trained else 10, "real frames the model is given")
-    options.add("horizon", int, trained.horizon if trained else 10, "frames it predicts")
+    options.add("horizon", int, trained.horizon if trained else horizon, "frames it predicts, if it does")
     options.add("clips", int | None, None, f"how many clips (default: {DIGIT_CLIPS} of moving digits, all of videos)")
     options.add("batch_size", int, 8, "clips at a time")
     options.add("seed", int, trained.seed if trained else 0, "moving-digits: decides the clips")
