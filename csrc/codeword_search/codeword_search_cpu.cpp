@@ -37,14 +37,12 @@
 namespace vpfast {
 
 template <class T, class W>
-int64_t decide(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const int64_t* codes_so_far,
+int64_t decide(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const int32_t* rows_above,
                const int64_t* candidates, int64_t count, double* residual) {
   const T* z = static_cast<const T*>(p.z) + vector * p.z_row;
   for (int64_t d = 0; d < p.dim; ++d) residual[d] = static_cast<double>(z[d * p.z_column]);
-  int64_t row = 0;
   for (int64_t above = 0; above < layer; ++above) {
-    row = row_of(p.strict_tree, p.codebook_size, row, codes_so_far[above]);
-    const W* codeword = static_cast<const W*>(p.rows[above]) + row * p.dim;
+    const W* codeword = static_cast<const W*>(p.rows[above]) + rows_above[above * kGroup] * p.dim;
     for (int64_t d = 0; d < p.dim; ++d) residual[d] -= static_cast<double>(codeword[d]);
   }
   double least = std::numeric_limits<double>::infinity();
@@ -108,7 +106,7 @@ Call plan(const std::vector<Tensor>& codebooks, int64_t vectors, int64_t dim, bo
   p.layers = layers;
   p.strict_tree = strict_tree;
   p.codebook_size = codebooks[0].size(0);
-  STD_TORCH_CHECK(p.codebook_size >= 1 && dim >= 1, "codeword_search: a codebook or the vectors are empty");
+  STD_TORCH_CHECK(p.codebook_size >= 2 && dim >= 1, "codeword_search: needs at least two codewords and one dimension");
   int64_t rows = 1;
   for (int64_t layer = 0; layer < layers; ++layer) {
     rows = strict_tree ? rows * p.codebook_size : p.codebook_size;
@@ -171,14 +169,18 @@ class Walk {
 
   void search(int64_t group) {
     enter(group);
-    search_(p_, first_, count_, rows_.data(), residuals_.data(), scratch_.data());
+    all_finite_ = search_(p_, first_, count_, rows_.data(), residuals_.data(), scratch_.data());
   }
   void look_up(int64_t group) {
     enter(group);
+    all_finite_ = false;
     good_ = look_up_(p_, first_, count_, rows_.data()) && good_;
   }
   // What `step` does with the group that was searched or looked up last.
-  void take(Step step, Pass<W>& pass) { follow_(step, p_, pass, first_, count_, rows_.data(), numbers_.data()); }
+  void take(Step step, Pass<W>& pass) {
+    pass.all_finite = all_finite_;
+    follow_(step, p_, pass, first_, count_, rows_.data(), numbers_.data());
+  }
 
   bool good() const { return good_; }
 
@@ -194,8 +196,8 @@ class Walk {
   AlignedVector<int32_t> rows_;
   AlignedVector<W> numbers_;
   int64_t first_ = 0, count_ = 0;
-  bool good_ = true;
-  void (*search_)(const Problem&, int64_t, int64_t, int32_t*, float*, double*);
+  bool good_ = true, all_finite_ = false;
+  bool (*search_)(const Problem&, int64_t, int64_t, int32_t*, float*, double*);
   bool (*look_up_)(const Problem&, int64_t, int64_t, int32_t*);
   void (*follow_)(Step, const Problem&, Pass<W>&, int64_t, int64_t, const int32_t*, W*);
 };

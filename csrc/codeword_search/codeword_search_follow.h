@@ -109,7 +109,7 @@ VPFAST_INLINE void read_gradient(const Pass<W>& pass, int64_t vector, Row<W, D>&
 template <class T, class W, int D>
 void add_codewords(const Problem& p, Pass<W>& pass, int64_t first, int64_t count, const int32_t* rows, W* memory) {
   const int64_t dim = D ? D : p.dim;
-  const bool finite = all_finite<T>(p, first, count);
+  const bool finite = pass.all_finite || all_finite<T>(p, first, count);
   T* quantized = static_cast<T*>(pass.quantized) + first * dim;
   Row<W, D> sum(memory, dim), z(memory + dim, dim);
   for (int64_t v = 0; v < count; ++v) {
@@ -128,7 +128,7 @@ void add_codewords(const Problem& p, Pass<W>& pass, int64_t first, int64_t count
 template <class T, class W, int D>
 void measure(const Problem& p, Pass<W>& pass, int64_t first, int64_t count, const int32_t* rows, W* memory) {
   const int64_t dim = D ? D : p.dim, size = p.layers * dim;
-  const bool finite = all_finite<T>(p, first, count);
+  const bool finite = pass.all_finite || all_finite<T>(p, first, count);
   Row<W, D> residual(memory, dim);
   W* squares = memory + dim;  // (kTurns, layers, dim): by turns, as a sum waits for the one before it
   fill(squares, kTurns * size, W(0));
@@ -157,7 +157,7 @@ void measure(const Problem& p, Pass<W>& pass, int64_t first, int64_t count, cons
 template <class T, class W, int D>
 void differentiate(const Problem& p, Pass<W>& pass, int64_t first, int64_t count, const int32_t* rows, W* memory) {
   const int64_t dim = D ? D : p.dim, layers = p.layers;
-  const bool finite = all_finite<T>(p, first, count);
+  const bool finite = pass.all_finite || all_finite<T>(p, first, count);
   Row<W, D> residual(memory, dim), gradient(memory + dim, dim);
   W* after = memory + 2 * dim;  // xi^1 .. xi^n
   for (int64_t v = 0; v < count; ++v) {

@@ -61,7 +61,7 @@ VPFAST_INLINE bool all_finite(const Problem& p, int64_t first, int64_t count) {
 // Vectors on their way down the layers together.
 struct Group {
   int64_t first, count;
-  float* residuals;           // (kGroup, dim), zeros beyond `count`
+  const float* residuals;     // (kGroup, dim), zeros beyond `count`
   int32_t* rows;              // (layers, kGroup): the chosen rows so far
   uint64_t not_finite;        // a bit a vector
   float margins[kMaxLayers];  // `uncertainty` at each layer
@@ -69,7 +69,18 @@ struct Group {
   VPFAST_INLINE int64_t parent(const Problem& p, int64_t layer, int64_t v) const {
     return p.strict_tree && layer > 0 ? rows[(layer - 1) * kGroup + v] : 0;
   }
+  VPFAST_INLINE void choose(const Problem& p, int64_t layer, int64_t v, int64_t code) {
+    const int64_t row = row_of(p.strict_tree, p.codebook_size, parent(p, layer, v), code);
+    rows[layer * kGroup + v] = static_cast<int32_t>(row);
+  }
 };
+
+// The code of a group's vector by the deciding search, among `candidates` or all codes.
+template <class T, class W>
+int64_t exact_code(const Problem& p, const Group& group, int64_t layer, int64_t v, const int64_t* candidates,
+                   int64_t count, double* scratch) {
+  return decide<T, W>(p, group.first + v, layer, group.parent(p, layer, v), group.rows + v, candidates, count, scratch);
+}
 
 // --- scanning by panels ---
 // Codewords in the lanes, a component of a vector in all of them.
@@ -190,9 +201,9 @@ VPFAST_INLINE void scan_blocks(const Problem& p, const float* residuals, const f
 }
 
 template <class T, int W>
-VPFAST_INLINE int64_t settle(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const Running<W>& running,
-                             float margin, double* scratch) {
-  const float bar = largest<W>(running.first) - margin;
+VPFAST_INLINE int64_t settle(const Problem& p, const Group& group, int64_t layer, int64_t v, const Running<W>& running,
+                             double* scratch) {
+  const float bar = largest<W>(running.first) - group.margins[layer];
   uint32_t near = not_below<W>(running.first, bar);
   const uint32_t hidden = not_below<W>(running.second, bar);
   int32_t block[W];
@@ -208,30 +219,30 @@ VPFAST_INLINE int64_t settle(const Problem& p, int64_t vector, int64_t layer, in
     for (; place > 0 && candidates[place - 1] > code; --place) candidates[place] = candidates[place - 1];
     candidates[place] = code;
   }
-  const bool all = hidden != 0 || count == 0;
-  return decide<T, float>(p, vector, layer, parent, p.indices + vector * p.layers, all ? nullptr : candidates,
-                          all ? p.codebook_size : count, scratch);
+  if (hidden != 0 || count == 0) {
+    return exact_code<T, float>(p, group, layer, v, nullptr, p.codebook_size, scratch);
+  }
+  return exact_code<T, float>(p, group, layer, v, candidates, count, scratch);
 }
 
 // One layer in which every vector of the group searches a codebook of its own.
 template <class T, int W>
-void scan_tree_layer(const Problem& p, const Group& group, int64_t layer, double* scratch) {
+void scan_tree_layer(const Problem& p, Group& group, int64_t layer, double* scratch) {
   const int64_t lanes = p.panels.blocks * W;
   for (int64_t v = 0; v < group.count; ++v) {
-    const int64_t parent = group.parent(p, layer, v), vector = group.first + v;
+    const int64_t parent = group.parent(p, layer, v);
     Running<W> running;
     running.reset();
     scan_blocks<W, 1>(p, group.residuals + v * p.dim, p.panels.codewords[layer] + parent * lanes * p.dim,
                       p.panels.biases[layer] + parent * lanes, 0, p.panels.blocks, &running);
-    p.indices[vector * p.layers + layer] =
-        settle<T, W>(p, vector, layer, parent, running, group.margins[layer], scratch);
+    group.choose(p, layer, v, settle<T, W>(p, group, layer, v, running, scratch));
   }
 }
 
 // One layer in which all vectors search the same codebook: tiles of vectors and codewords, as in a matrix product. A
 // slice of codewords stays in the L1 cache for the whole group.
 template <class T, int W>
-void scan_flat_layer(const Problem& p, const Group& group, int64_t layer, double* scratch) {
+void scan_flat_layer(const Problem& p, Group& group, int64_t layer, double* scratch) {
   constexpr int64_t height = 6, slice_bytes = 16384;
   const int64_t block_bytes = p.dim * W * 4, slice = 4 * (slice_bytes / (4 * block_bytes) + 1);
   Running<W> running[kGroup];
@@ -244,13 +255,12 @@ void scan_flat_layer(const Problem& p, const Group& group, int64_t layer, double
     }
   }
   for (int64_t v = 0; v < group.count; ++v) {
-    const int64_t vector = group.first + v;
-    p.indices[vector * p.layers + layer] = settle<T, W>(p, vector, layer, 0, running[v], group.margins[layer], scratch);
+    group.choose(p, layer, v, settle<T, W>(p, group, layer, v, running[v], scratch));
   }
 }
 
 template <class T, int W>
-void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, double* scratch) {
+void scan_layer_by_panels(const Problem& p, Group& group, int64_t layer, double* scratch) {
   if (p.strict_tree && layer > 0) {
     scan_tree_layer<T, W>(p, group, layer, scratch);
   } else {
@@ -259,7 +269,7 @@ void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, d
 }
 
 template <class T>
-void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, double* scratch) {
+void scan_layer_by_panels(const Problem& p, Group& group, int64_t layer, double* scratch) {
   if (p.panels.width == 4) scan_layer_by_panels<T, 4>(p, group, layer, scratch);
 #if VPFAST_ISA_LEVEL > 0
   if (p.panels.width == 8) scan_layer_by_panels<T, 8>(p, group, layer, scratch);
@@ -275,36 +285,26 @@ void scan_layer_by_panels(const Problem& p, const Group& group, int64_t layer, d
 
 // --- the search ---
 
-template <class T, class W>
-int64_t exact_code(const Problem& p, int64_t vector, int64_t layer, int64_t parent, double* scratch) {
-  return decide<T, W>(p, vector, layer, parent, p.indices + vector * p.layers, nullptr, p.codebook_size, scratch);
-}
-
 // Vectors with NaN or infinity are searched as zeros, and given codes 0 at the end.
 template <class T>
-VPFAST_INLINE void read_group(const Problem& p, Group& group) {
+VPFAST_INLINE void read_group(const Problem& p, Group& group, float* memory) {
   const T* z = static_cast<const T*>(p.z) + group.first * p.z_row;
   const int64_t size = group.count * p.dim;
-  if (is_dense(p)) {
-    for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(T)); byte += 64) {  // the next group's
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(z + size) + byte));
-    }
-    read_row(z, 1, size, group.residuals);
-  } else {
-    for (int64_t v = 0; v < group.count; ++v) {
-      read_row(z + v * p.z_row, p.z_column, p.dim, group.residuals + v * p.dim);
-    }
+  float largest = __builtin_inff();
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_dense(p)) largest = largest_magnitude(z, size);
+    // Lookups change nothing in place: what is fit to be searched is searched where it lies.
+    if (largest < __builtin_inff() && p.lookups.layers == p.layers && group.count == kGroup) group.residuals = z;
   }
-  fill(group.residuals + size, kGroup * p.dim - size, 0.0f);
-
-  float largest = largest_magnitude(group.residuals, size);
-  if (!(largest < __builtin_inff())) {
-    for (int64_t v = 0; v < group.count; ++v) {
-      if (is_finite(group.residuals + v * p.dim, p.dim)) continue;
+  if (group.residuals == memory) {
+    for (int64_t v = 0; v < group.count; ++v) read_row(z + v * p.z_row, p.z_column, p.dim, memory + v * p.dim);
+    fill(memory + size, kGroup * p.dim - size, 0.0f);
+    for (int64_t v = 0; !(largest < __builtin_inff()) && v < group.count; ++v) {
+      if (is_finite(memory + v * p.dim, p.dim)) continue;
       group.not_finite |= uint64_t{1} << v;
-      fill(group.residuals + v * p.dim, p.dim, 0.0f);
+      fill(memory + v * p.dim, p.dim, 0.0f);
     }
-    largest = largest_magnitude(group.residuals, size);
+    largest = largest_magnitude(memory, size);
   }
   double length = __builtin_sqrt(static_cast<double>(p.dim)) * largest;
   for (int64_t layer = 0; layer < p.layers; ++layer) {
@@ -313,21 +313,43 @@ VPFAST_INLINE void read_group(const Problem& p, Group& group) {
   }
 }
 
-VPFAST_INLINE void find_rows(const Problem& p, Group& group, int64_t layer) {
+// From xi^(i-1) to xi^i.
+VPFAST_INLINE void step_down(const Problem& p, const Group& group, int64_t layer, float* residuals) {
   for (int64_t v = 0; v < group.count; ++v) {
-    const int64_t code = p.indices[(group.first + v) * p.layers + layer];
-    group.rows[layer * kGroup + v] =
-        static_cast<int32_t>(row_of(p.strict_tree, p.codebook_size, group.parent(p, layer, v), code));
+    const float* codeword = static_cast<const float*>(p.rows[layer]) + group.rows[layer * kGroup + v] * p.dim;
+    float* residual = residuals + v * p.dim;
+    for (int64_t d = 0; d < p.dim; ++d) residual[d] -= codeword[d];
   }
 }
 
-// From xi^(i-1) to xi^i.
-VPFAST_INLINE void step_down(const Problem& p, Group& group, int64_t layer) {
-  for (int64_t v = 0; v < group.count; ++v) {
-    const float* codeword = static_cast<const float*>(p.rows[layer]) + group.rows[layer * kGroup + v] * p.dim;
-    float* residual = group.residuals + v * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) residual[d] -= codeword[d];
+// (layers, kGroup) -> (count, layers). The number of layers is told to the compiler, for it to write whole registers.
+template <int layers>
+VPFAST_INLINE void interleave(int64_t known_layers, const int32_t* codes, int64_t count, int64_t* to) {
+  if (known_layers == layers) {
+    for (int64_t v = 0; v < count; ++v) {
+      for (int layer = 0; layer < layers; ++layer) to[v * layers + layer] = codes[layer * kGroup + v];
+    }
+  } else if constexpr (layers < kMaxLayers) {
+    interleave<layers + 1>(known_layers, codes, count, to);
   }
+}
+
+// The group's codes, from its rows.
+VPFAST_INLINE void write_codes(const Problem& p, const Group& group) {
+  const int32_t size = static_cast<int32_t>(p.codebook_size);
+  const int64_t layers = p.layers;
+  for (int64_t v = 0; group.not_finite && v < group.count; ++v) {
+    for (int64_t layer = 0; group.not_finite >> v & 1 && layer < layers; ++layer) group.rows[layer * kGroup + v] = 0;
+  }
+  int32_t codes[kMaxLayers * kGroup];
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const int32_t* row = group.rows + layer * kGroup;
+    const bool own_codebooks = p.strict_tree && layer > 0;
+    for (int64_t v = 0; v < kGroup; ++v) {
+      codes[layer * kGroup + v] = own_codebooks ? row[v] - row[v - kGroup] * size : row[v];
+    }
+  }
+  interleave<1>(layers, codes, group.count, p.indices + group.first * layers);
 }
 
 // How many leading layers go by lookups: none where a scan could overflow.
@@ -339,55 +361,44 @@ VPFAST_INLINE int64_t layers_to_look_up(const Problem& p, const Group& group) {
 }
 
 // The codes of `count` vectors from `first`, also told as `rows` (layers, kGroup); `residuals` (kGroup, dim) and
-// `scratch` (dim) are working memory.
+// `scratch` (dim) are working memory. Returns whether all vectors are finite.
 template <class T>
-void search_group(const Problem& p, int64_t first, int64_t count, int32_t* rows, float* residuals, double* scratch) {
+bool search_group(const Problem& p, int64_t first, int64_t count, int32_t* rows, float* residuals, double* scratch) {
   Group group{first, count, residuals, rows, 0, {}};
-  read_group<T>(p, group);
+  read_group<T>(p, group, residuals);
   int64_t looked_up = 0;
 #if VPFAST_ISA_LEVEL == 2
   looked_up = layers_to_look_up(p, group);
-  for (int64_t v = 0; looked_up > 0 && v < count; v += 16) search_by_lookup<T>(p, group, v, scratch);
+  if (looked_up > 0) search_by_lookup<T>(p, group, scratch);
 #endif
   for (int64_t layer = 0; layer < p.layers && looked_up < p.layers; ++layer) {
-    if (layer >= looked_up) {
-      if (group.margins[layer] < __builtin_inff()) {
-        scan_layer_by_panels<T>(p, group, layer, scratch);
-      } else {
-        for (int64_t v = 0; v < count; ++v) {
-          const int64_t parent = group.parent(p, layer, v);
-          p.indices[(first + v) * p.layers + layer] =
-              group.not_finite >> v & 1 ? 0 : exact_code<T, float>(p, first + v, layer, parent, scratch);
-        }
+    if (layer >= looked_up && group.margins[layer] < __builtin_inff()) {
+      scan_layer_by_panels<T>(p, group, layer, scratch);
+    } else if (layer >= looked_up) {
+      for (int64_t v = 0; v < count; ++v) {
+        group.choose(p, layer, v, exact_code<T, float>(p, group, layer, v, nullptr, p.codebook_size, scratch));
       }
-      find_rows(p, group, layer);
     }
-    if (layer + 1 < p.layers) step_down(p, group, layer);
+    if (layer + 1 < p.layers) step_down(p, group, layer, residuals);
   }
-  for (int64_t v = 0; group.not_finite && v < count; ++v) {
-    if (!(group.not_finite >> v & 1)) continue;
-    fill(p.indices + (first + v) * p.layers, p.layers, int64_t{0});
-    for (int64_t layer = 0; layer < p.layers; ++layer) rows[layer * kGroup + v] = 0;
-  }
+  write_codes(p, group);
+  return group.not_finite == 0;
 }
 
 // float64 vectors take the deciding search alone.
 template <>
-void search_group<double>(const Problem& p, int64_t first, int64_t count, int32_t* rows, float*, double* scratch) {
+bool search_group<double>(const Problem& p, int64_t first, int64_t count, int32_t* rows, float*, double* scratch) {
   Group group{first, count, nullptr, rows, 0, {}};
-  const double* z = static_cast<const double*>(p.z);
+  const double* z = static_cast<const double*>(p.z) + first * p.z_row;
   for (int64_t v = 0; v < count; ++v) {
-    read_row(z + (first + v) * p.z_row, p.z_column, p.dim, scratch);
+    read_row(z + v * p.z_row, p.z_column, p.dim, scratch);
     if (!is_finite(scratch, p.dim)) group.not_finite |= uint64_t{1} << v;
-  }
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    for (int64_t v = 0; v < count; ++v) {
-      const int64_t parent = group.parent(p, layer, v);
-      p.indices[(first + v) * p.layers + layer] =
-          group.not_finite >> v & 1 ? 0 : exact_code<double, double>(p, first + v, layer, parent, scratch);
+    for (int64_t layer = 0; layer < p.layers; ++layer) {
+      group.choose(p, layer, v, exact_code<double, double>(p, group, layer, v, nullptr, p.codebook_size, scratch));
     }
-    find_rows(p, group, layer);
   }
+  write_codes(p, group);
+  return group.not_finite == 0;
 }
 
 // `rows` of codes that were found before. False where one of them lies outside its codebook: it is taken for 0.

@@ -92,7 +92,8 @@ inline int64_t layers_by_lookup(const Problem& p) {
     if (parents > 256 || (layer + 1 < p.layers && rows > 256)) break;
     const int64_t blocks = (p.codebook_size + 15) / 16;
     const int64_t by_panels = blocks * (p.dim * (parents > 1 ? 2 : 1) + 5) + 25;
-    const int64_t by_lookup = (p.codebook_size * (p.dim * (picks(parents) + 1) + 5) + p.dim * (picks(rows) + 1)) / 16;
+    const int64_t scores = p.codebook_size == 2 ? 1 : p.codebook_size;
+    const int64_t by_lookup = (scores * (p.dim * (picks(parents) + 1) + 5) + p.dim * (picks(rows) + 1)) / 16;
     if (by_lookup > by_panels) break;
     if (p.strict_tree) parents = rows;
   }
@@ -118,18 +119,21 @@ inline PackedLookups pack_lookups(Problem& p) {
   for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
     const int64_t rows = parents * p.codebook_size, parent_stride = padded(parents), row_stride = padded(rows);
     AlignedVector<float>&by_parent = packed.by_parent[layer], &by_row = packed.by_row[layer];
-    by_parent.resize(p.codebook_size * (p.dim + 1) * parent_stride);
+    const bool two = p.codebook_size == 2;
+    by_parent.resize((two ? 1 : p.codebook_size) * (p.dim + 1) * parent_stride);
     by_row.resize(p.dim * row_stride);
     const float* codewords = static_cast<const float*>(p.rows[layer]);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t parent = row / p.codebook_size, code = row % p.codebook_size;
       const float* codeword = codewords + row * p.dim;
-      float* entry = by_parent.data() + code * (p.dim + 1) * parent_stride + parent;
-      for (int64_t d = 0; d < p.dim; ++d) {
-        entry[d * parent_stride] = codeword[d];
-        by_row[d * row_stride + row] = codeword[d];
-      }
-      entry[p.dim * parent_stride] = static_cast<float>(-squared_length(codeword, p.dim) / 2);
+      for (int64_t d = 0; d < p.dim; ++d) by_row[d * row_stride + row] = codeword[d];
+      double bias = -squared_length(codeword, p.dim) / 2;
+      if (two && code == 0) continue;
+      float* entry = by_parent.data() + (two ? 0 : code) * (p.dim + 1) * parent_stride + parent;
+      for (int64_t d = 0; d < p.dim; ++d)
+        entry[d * parent_stride] = two ? codeword[d] - codeword[d - p.dim] : codeword[d];
+      if (two) bias += squared_length(codeword - p.dim, p.dim) / 2;
+      entry[p.dim * parent_stride] = static_cast<float>(bias);
     }
     p.lookups.by_parent[layer] = by_parent.data();
     p.lookups.by_row[layer] = by_row.data();

@@ -21,64 +21,120 @@ VPFAST_INLINE void index_bits(__m512i index, __mmask16 (&bits)[4]) {
   for (int j = 0; j < 4; ++j) bits[j] = _mm512_test_epi32_mask(index, _mm512_set1_epi32(16 << j));
 }
 
-// The best two scores so far and the code of the better.
+constexpr int kSixteens = static_cast<int>(kGroup) / 16;
+
+// A group's vectors, sixteen in the lanes of each register.
+struct Lanes16 {
+  __m512 residual[kSixteens][kMaxLookupDim];
+  __m512i parent[kSixteens], row[kSixteens];
+  __mmask16 unsure[kSixteens];
+};
+
+// The best two scores of some codewords and the code of the better.
 struct Best {
   __m512 first, second;
   __m512i code;
 };
 
-VPFAST_INLINE void challenge(Best& best, __m512 score, int64_t code) {
-  best.second = _mm512_max_ps(best.second, _mm512_min_ps(best.first, score));
-  best.code = _mm512_mask_set1_epi32(best.code, _mm512_cmp_ps_mask(score, best.first, _CMP_GT_OQ), (int)code);
-  best.first = _mm512_max_ps(best.first, score);
+VPFAST_INLINE Best better(const Best& a, const Best& b) {
+  const __mmask16 b_wins = _mm512_cmp_ps_mask(b.first, a.first, _CMP_GT_OQ);
+  const __m512 loser = _mm512_min_ps(a.first, b.first);
+  return {_mm512_max_ps(a.first, b.first), _mm512_max_ps(loser, _mm512_max_ps(a.second, b.second)),
+          _mm512_mask_mov_epi32(a.code, b_wins, b.code)};
 }
 
-// Scores of `codes` codewords at a time: as many chains of additions, which the processor overlaps.
+// A knock-out tournament of `codes` scores, a power of two: fewer rounds to wait for than one after the other.
+template <int codes>
+VPFAST_INLINE Best tournament(const __m512* score, int64_t first_code) {
+  if constexpr (codes == 1) {
+    return {*score, _mm512_set1_ps(-__builtin_inff()), _mm512_set1_epi32((int)first_code)};
+  } else if constexpr (codes == 2) {
+    const __mmask16 second_wins = _mm512_cmp_ps_mask(score[1], score[0], _CMP_GT_OQ);
+    return {_mm512_max_ps(score[0], score[1]), _mm512_min_ps(score[0], score[1]),
+            _mm512_mask_set1_epi32(_mm512_set1_epi32((int)first_code), second_wins, (int)first_code + 1)};
+  } else {
+    return better(tournament<codes / 2>(score, first_code),
+                  tournament<codes / 2>(score + codes / 2, first_code + codes / 2));
+  }
+}
+
+// The scores of `codes` codewords at a time: as many chains of additions, which the processor overlaps.
 template <int registers, int codes>
-VPFAST_INLINE void challenge_block(Best& best, const float* table, int64_t stride, int64_t dim, int64_t first_code,
-                                   __m512i parent, const __mmask16* bits, const __m512* residual) {
+VPFAST_INLINE Best scan_codes(const float* table, int64_t stride, int64_t dim, int64_t first_code, __m512i parent,
+                              const __mmask16* bits, const __m512* residual) {
   const int64_t code_stride = (dim + 1) * stride;
+  const float* of_code[codes];
   __m512 score[codes];
   for (int k = 0; k < codes; ++k) {
-    score[k] = look_up<registers>(table + (first_code + k) * code_stride + dim * stride, parent, bits);
+    of_code[k] = table + (first_code + k) * code_stride;
+    score[k] = look_up<registers>(of_code[k] + dim * stride, parent, bits);
   }
   for (int64_t d = 0; d < dim; ++d) {
     for (int k = 0; k < codes; ++k) {
-      const __m512 component = look_up<registers>(table + (first_code + k) * code_stride + d * stride, parent, bits);
+      const __m512 component = look_up<registers>(of_code[k] + d * stride, parent, bits);
       score[k] = _mm512_fmadd_ps(component, residual[d], score[k]);
     }
   }
-  for (int k = 0; k < codes; ++k) challenge(best, score[k], first_code + k);
+  return tournament<codes>(score, first_code);
+}
+
+// Of two codewords the nearer lies on the vector's side of the plane between them: one product in place of two.
+template <int registers>
+VPFAST_INLINE Best scan_two(const float* table, int64_t stride, int64_t dim, __m512i parent, const __mmask16* bits,
+                            const __m512* residual) {
+  __m512 side[2] = {look_up<registers>(table + dim * stride, parent, bits), _mm512_setzero_ps()};
+  for (int64_t d = 0; d < dim; ++d) {
+    side[d % 2] = _mm512_fmadd_ps(look_up<registers>(table + d * stride, parent, bits), residual[d], side[d % 2]);
+  }
+  const __m512 difference = _mm512_add_ps(side[0], side[1]), zero = _mm512_setzero_ps();
+  const __mmask16 second_wins = _mm512_cmp_ps_mask(difference, zero, _CMP_GT_OQ);
+  return {_mm512_max_ps(difference, zero), _mm512_min_ps(difference, zero), _mm512_maskz_set1_epi32(second_wins, 1)};
 }
 
 template <int registers>
-Best scan_layer(const Problem& p, int64_t layer, __m512i parent, const __m512* residual) {
+VPFAST_INLINE Best scan_sixteen(const Problem& p, int64_t layer, __m512i parent, const __m512* residual) {
   __mmask16 bits[4];
   index_bits(parent, bits);
-  const int64_t stride = registers == 0 ? 1 : 16 * registers;
+  const int64_t stride = registers == 0 ? 1 : 16 * registers, size = p.codebook_size;
   const float* table = p.lookups.by_parent[layer];
-  const __m512 least = _mm512_set1_ps(-__builtin_inff());
-  Best best = {least, least, _mm512_setzero_si512()};
+  if (size == 2) return scan_two<registers>(table, stride, p.dim, parent, bits, residual);
   int64_t code = 0;
-  for (; code + 4 <= p.codebook_size; code += 4) {
-    challenge_block<registers, 4>(best, table, stride, p.dim, code, parent, bits, residual);
-  }
-  for (; code + 2 <= p.codebook_size; code += 2) {
-    challenge_block<registers, 2>(best, table, stride, p.dim, code, parent, bits, residual);
-  }
-  for (; code < p.codebook_size; ++code) {
-    challenge_block<registers, 1>(best, table, stride, p.dim, code, parent, bits, residual);
-  }
+  auto best_of = [&](auto codes) __attribute__((always_inline)) {
+    constexpr int count = decltype(codes)::value;
+    const Best found = scan_codes<registers, count>(table, stride, p.dim, code, parent, bits, residual);
+    code += count;
+    return found;
+  };
+  Best best = size >= 8   ? best_of(std::integral_constant<int, 8>{})
+              : size >= 4 ? best_of(std::integral_constant<int, 4>{})
+                          : best_of(std::integral_constant<int, 2>{});
+  while (size - code >= 8) best = better(best, best_of(std::integral_constant<int, 8>{}));
+  if (size - code >= 4) best = better(best, best_of(std::integral_constant<int, 4>{}));
+  if (size - code >= 2) best = better(best, best_of(std::integral_constant<int, 2>{}));
+  if (size - code >= 1) best = better(best, best_of(std::integral_constant<int, 1>{}));
   return best;
 }
 
 template <int registers>
-void subtract_rows(const Problem& p, int64_t layer, __m512i row, __m512* residual) {
-  __mmask16 bits[4];
-  index_bits(row, bits);
+void scan_layer(const Problem& p, int64_t layer, float margin, Lanes16& group) {
+  for (int k = 0; k < kSixteens; ++k) {
+    const Best best = scan_sixteen<registers>(p, layer, group.parent[k], group.residual[k]);
+    const __m512 bar = _mm512_sub_ps(best.first, _mm512_set1_ps(margin));
+    group.unsure[k] = _mm512_cmp_ps_mask(best.second, bar, _CMP_NLT_UQ);
+    group.row[k] = best.code;
+  }
+}
+
+template <int registers>
+void subtract_rows(const Problem& p, int64_t layer, Lanes16& group) {
   const float* table = p.lookups.by_row[layer];
-  for (int64_t d = 0; d < p.dim; ++d) {
-    residual[d] = _mm512_sub_ps(residual[d], look_up<registers>(table + d * 16 * registers, row, bits));
+  for (int k = 0; k < kSixteens; ++k) {
+    __mmask16 bits[4];
+    index_bits(group.row[k], bits);
+    for (int64_t d = 0; d < p.dim; ++d) {
+      const __m512 component = look_up<registers>(table + d * 16 * registers, group.row[k], bits);
+      group.residual[k][d] = _mm512_sub_ps(group.residual[k][d], component);
+    }
   }
 }
 
@@ -90,36 +146,35 @@ inline int registers_for(int64_t entries) {
   return registers;
 }
 
-VPFAST_INLINE Best scan_layer(const Problem& p, int64_t layer, int64_t parents, __m512i parent,
-                              const __m512* residual) {
+inline void scan_layer(const Problem& p, int64_t layer, int64_t parents, float margin, Lanes16& group) {
   switch (registers_for(parents)) {
     case 0:
-      return scan_layer<0>(p, layer, parent, residual);
+      return scan_layer<0>(p, layer, margin, group);
     case 1:
-      return scan_layer<1>(p, layer, parent, residual);
+      return scan_layer<1>(p, layer, margin, group);
     case 2:
-      return scan_layer<2>(p, layer, parent, residual);
+      return scan_layer<2>(p, layer, margin, group);
     case 4:
-      return scan_layer<4>(p, layer, parent, residual);
+      return scan_layer<4>(p, layer, margin, group);
     case 8:
-      return scan_layer<8>(p, layer, parent, residual);
+      return scan_layer<8>(p, layer, margin, group);
     default:
-      return scan_layer<16>(p, layer, parent, residual);
+      return scan_layer<16>(p, layer, margin, group);
   }
 }
 
-VPFAST_INLINE void subtract_rows(const Problem& p, int64_t layer, int64_t rows, __m512i row, __m512* residual) {
+inline void subtract_rows(const Problem& p, int64_t layer, int64_t rows, Lanes16& group) {
   switch (registers_for(rows)) {
     case 1:
-      return subtract_rows<1>(p, layer, row, residual);
+      return subtract_rows<1>(p, layer, group);
     case 2:
-      return subtract_rows<2>(p, layer, row, residual);
+      return subtract_rows<2>(p, layer, group);
     case 4:
-      return subtract_rows<4>(p, layer, row, residual);
+      return subtract_rows<4>(p, layer, group);
     case 8:
-      return subtract_rows<8>(p, layer, row, residual);
+      return subtract_rows<8>(p, layer, group);
     default:
-      return subtract_rows<16>(p, layer, row, residual);
+      return subtract_rows<16>(p, layer, group);
   }
 }
 
@@ -149,51 +204,43 @@ VPFAST_INLINE void transpose(const float* rows, int64_t dim, __m512* components)
   for (; d < dim; ++d) components[d] = _mm512_i32gather_ps(offset, rows + d, 4);
 }
 
-// The codes of the group's vectors from `start`, sixteen or as many as there are, in the layers of p.lookups.
+// Puts right the codes that the scan of a layer was not sure of.
 template <class T>
-void search_by_lookup(const Problem& p, const Group& group, int64_t start, double* scratch) {
-  const int64_t first = group.first + start, layers = p.layers;
-  const int count = group.count - start < 16 ? static_cast<int>(group.count - start) : 16;
-  __m512 residual[kMaxLookupDim];
-  transpose(group.residuals + start * p.dim, p.dim, residual);
-  __m512i parent = _mm512_setzero_si512();
-  alignas(64) int32_t codes[kMaxLayers][16];
-  int64_t parents = 1;
-  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
-    Best best = scan_layer(p, layer, parents, parent, residual);
-    const __m512 bar = _mm512_sub_ps(best.first, _mm512_set1_ps(group.margins[layer]));
-    _mm512_store_si512(codes[layer], best.code);
-    uint32_t unsure = _mm512_cmp_ps_mask(best.second, bar, _CMP_NLT_UQ) & ((1u << count) - 1);
-    if (unsure) {
-      alignas(64) int32_t above[16];
-      _mm512_store_si512(above, parent);
-      for (; unsure; unsure &= unsure - 1) {
-        const int lane = __builtin_ctz(unsure);
-        int64_t so_far[kMaxLayers];
-        for (int64_t earlier = 0; earlier < layer; ++earlier) so_far[earlier] = codes[earlier][lane];
-        codes[layer][lane] = static_cast<int32_t>(
-            decide<T, float>(p, first + lane, layer, above[lane], so_far, nullptr, p.codebook_size, scratch));
-      }
-      best.code = _mm512_load_si512(codes[layer]);
-    }
-    __m512i row = best.code;
-    if (p.strict_tree) {
-      row = _mm512_add_epi32(_mm512_mullo_epi32(parent, _mm512_set1_epi32((int)p.codebook_size)), row);
-      parent = row;
-      parents *= p.codebook_size;
-    }
-    _mm512_storeu_si512(group.rows + layer * kGroup + start, row);
-    if (layer + 1 < p.lookups.layers) {
-      subtract_rows(p, layer, p.strict_tree ? parents : p.codebook_size, row, residual);
+VPFAST_INLINE void settle_codes(const Problem& p, const Group& group, int64_t layer, Lanes16& lanes, double* scratch) {
+  for (int64_t k = 0; k < kSixteens; ++k) {
+    const int64_t start = 16 * k;
+    for (uint32_t unsure = lanes.unsure[k]; unsure; unsure &= unsure - 1) {
+      const int64_t lane = __builtin_ctz(unsure);
+      if (start + lane >= group.count) break;
+      alignas(64) int32_t code[16];
+      _mm512_store_si512(code, lanes.row[k]);
+      code[lane] =
+          static_cast<int32_t>(exact_code<T, float>(p, group, layer, start + lane, nullptr, p.codebook_size, scratch));
+      lanes.row[k] = _mm512_load_si512(code);
     }
   }
-  int64_t* const indices = p.indices + first * layers;
+}
+
+// The rows of the group's vectors in the layers of p.lookups.
+template <class T>
+void search_by_lookup(const Problem& p, Group& group, double* scratch) {
+  Lanes16 lanes;
+  for (int k = 0; k < kSixteens; ++k) {
+    transpose(group.residuals + k * 16 * p.dim, p.dim, lanes.residual[k]);
+    lanes.parent[k] = _mm512_setzero_si512();
+  }
+  int64_t parents = 1;
   for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
-    int64_t* to = indices + layer;
-    if (count == 16) {
-      for (int lane = 0; lane < 16; ++lane, to += layers) *to = codes[layer][lane];
-    } else {
-      for (int lane = 0; lane < count; ++lane, to += layers) *to = codes[layer][lane];
+    scan_layer(p, layer, parents, group.margins[layer], lanes);
+    settle_codes<T>(p, group, layer, lanes, scratch);
+    for (int k = 0; k < kSixteens; ++k) {
+      if (p.strict_tree) {
+        const __m512i above = _mm512_mullo_epi32(lanes.parent[k], _mm512_set1_epi32((int)p.codebook_size));
+        lanes.parent[k] = lanes.row[k] = _mm512_add_epi32(above, lanes.row[k]);
+      }
+      _mm512_storeu_si512(group.rows + layer * kGroup + k * 16, lanes.row[k]);
     }
+    if (p.strict_tree) parents *= p.codebook_size;
+    if (layer + 1 < p.lookups.layers) subtract_rows(p, layer, p.strict_tree ? parents : p.codebook_size, lanes);
   }
 }

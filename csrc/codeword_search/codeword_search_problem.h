@@ -24,7 +24,8 @@ struct Panels {
 constexpr int64_t kMaxLookupDim = 32;
 
 // The top layers of a small tree laid out for looking up by parent, the way of AVX-512: [code][dim + 1][parents] with
-// the bias as last component, and [dim][rows] for what is subtracted. The last dimension is padded to `stride`.
+// the bias as last component, and [dim][rows] for what is subtracted. Of two codewords by_parent holds the second less
+// the first. The last dimension is padded to 1, 16, 32, 64, 128 or 256.
 struct Lookups {
   int64_t layers;  // how many layers are searched this way; the others by panels
   const float* by_parent[kMaxLayers];
@@ -69,12 +70,14 @@ struct Pass {
   const W* weights_z;          // (layers,)
   const W* weights_codebooks;  // (layers, layers)
   Table<W> table;
+  bool all_finite;  // known of the group's vectors
 };
 
 // In float64 the nearest of `count` codes below row `parent`, of all codes where `candidates` is null: the lowest of
-// equals, and never one whose distance is NaN or infinite (0 where there is no other).
+// equals, and never one whose distance is NaN or infinite (0 where there is no other). `rows_above` leads to the rows
+// chosen in the layers above, kGroup apart.
 template <class T, class W>
-int64_t decide(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const int64_t* codes_so_far,
+int64_t decide(const Problem& p, int64_t vector, int64_t layer, int64_t parent, const int32_t* rows_above,
                const int64_t* candidates, int64_t count, double* residual);
 
 }  // namespace vpfast
