@@ -23,7 +23,8 @@ from torch import Tensor
 from vpfast import backend, ops
 from vpfast.cli import answered
 from vpfast.models import MSPN
-from vpfast.ops.edlstm_gates.register import backends
+from vpfast.ops.codeword_search import register as codeword_search
+from vpfast.ops.edlstm_gates import register as edlstm_gates
 from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
 from vpfast.training.clips import dataset
 from vpfast.training.evaluation import evaluate
@@ -124,36 +125,55 @@ def _draw(model: MSPN, clip: Tensor, folder: Path) -> None:
 
 def kernel_table() -> list[str]:
     """Each compiled CPU kernel against its reference: first that both agree, then how long both take."""
-    refusal = backends.refusal("native", "cpu")
-    if refusal is not None:
-        return [f"no compiled kernel to compare with its reference: {refusal}"]
+    for backends in (edlstm_gates.backends, codeword_search.backends):
+        refusal = backends.refusal("native", "cpu")
+        if refusal is not None:
+            return [f"no compiled kernel to compare with its reference: {refusal}"]
     lines = [
-        f"edlstm_gates (8, 256, 64, 64) float32, {torch.get_num_threads()} threads, median of 9:",
+        f"Operators in float32, {torch.get_num_threads()} threads, median of 9:",
         "",
         "| | plain PyTorch | compiled kernel | times as fast | largest difference |",
         "|---|---:|---:|---:|---:|",
     ]
-    gates, cell = torch.randn(8, 256, 64, 64), torch.randn(8, 64, 64, 64)
-    for name, work in (("forward", _forward), ("forward + backward", _forward_backward)):
+    for name, work in _works().items():
         with backend("reference"):
-            expected, slow = work(gates, cell), _median_ms(partial(work, gates, cell))
+            expected, slow = work(), _median_ms(work)
         with backend("native"):
-            found, fast = work(gates, cell), _median_ms(partial(work, gates, cell))
+            found, fast = work(), _median_ms(work)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
         lines.append(f"| {name} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.1f} | {difference:.1e} |")
     return lines
 
 
-def _forward(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+def _works() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    gates, cell = torch.randn(8, 256, 64, 64), torch.randn(8, 64, 64, 64)
+    # Eighths: distances are exact in float32, so that no rounding tells two codewords apart that are equally near.
+    z, *codebooks = (torch.randn(rows, 8).mul(8).round().div(8) for rows in (65_536, 8, 8**2, 8**3))
+    gating, search = "edlstm_gates (8, 256, 64, 64)", "codeword_search (65536, 8), 3 layers of 8"
+    return {
+        f"{gating}, forward": partial(_gating, gates, cell),
+        f"{gating}, forward + backward": partial(_gating_gradients, gates, cell),
+        f"{search}, forward": partial(ops.codeword_search, z, codebooks),
+        f"{search}, training forward + backward": partial(_search_gradients, z, codebooks),
+    }
+
+
+def _gating(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return ops.edlstm_gates(gates, cell)
 
 
-def _forward_backward(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+def _gating_gradients(gates: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
     inputs = gates.detach().requires_grad_(), cell.detach().requires_grad_()
     h, c = ops.edlstm_gates(*inputs)
     return torch.autograd.grad((h.sum() + c.sum()), inputs)
+
+
+def _search_gradients(z: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, ...]:
+    inputs = [tensor.detach().requires_grad_() for tensor in (z, *codebooks)]
+    found = ops.codeword_search_train(inputs[0], inputs[1:])
+    return torch.autograd.grad(found.codebook_losses.sum() + found.commitment_losses.sum(), inputs)
 
 
 def _median_ms(work: Callable[[], object], repeats: int = 9) -> float:
