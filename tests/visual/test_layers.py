@@ -91,7 +91,7 @@ def test_ranks_are_among_siblings():
 
 def test_heat_lies_over_the_frame(tmp_path, monkeypatch):
     frames = torch.zeros(2, 1, 8, 8)
-    frames[1] = 1
+    frames[1, :, 4:] = 1
     strengths = torch.zeros(2, 2, 2, 3)
     strengths[..., 0] = 4.0
     strengths[0, 0, 0, 1] = 0.5
@@ -99,12 +99,26 @@ def test_heat_lies_over_the_frame(tmp_path, monkeypatch):
     write_heat_maps(tmp_path / "a.png", frames, strengths)
     columns = seen[0][1]
     assert [column.note for column in columns[1:]] == ["up to 4", "up to 0.5", "up to 0"]
-    colours = colour_map("inferno").astype(np.float32)
-    for cell, light in zip(columns[1].cells, (0, 255), strict=True):
-        assert np.array_equal(cell.image[0, 0], (0.75 * colours[255] + 0.25 * light).round())
-    assert np.array_equal(columns[2].cells[0].image[7, 7], (0.75 * colours[0]).round())
-    assert columns[2].cells[0].image[0, 0].sum() > 2 * columns[2].cells[0].image[4, 4].sum()
-    assert np.array_equal(columns[3].cells[0].image[3, 3], (0.75 * colours[0]).round())
+    nothing, most = colour_map("inferno")[[0, 255]].astype(np.float32)
+    evenly, halved = columns[1].cells
+    assert (evenly.image == most).all()
+    assert np.array_equal(halved.image[0, 0], (most - 255 / 8).round())
+    assert np.array_equal(halved.image[7, 7], (most + 255 / 8).round().clip(0, 255))
+    spot = columns[2].cells[0].image
+    assert np.array_equal(spot[0, 0], most)
+    assert np.array_equal(spot[7, 7], nothing)
+    assert (np.diff(spot.sum(axis=2, dtype=int).diagonal()) <= 0).all()
+    assert (columns[3].cells[0].image == nothing).all()
+
+
+def test_a_few_strong_positions_do_not_leave_the_rest_dark(tmp_path, monkeypatch):
+    strengths = torch.ones(2, 20, 20, 1)
+    strengths[0, 0, :3] = 50.0  # of 800 positions
+    seen = drawings(monkeypatch)
+    write_heat_maps(tmp_path / "a.png", torch.zeros(2, 1, 20, 20), strengths)
+    (column,) = seen[0][1][1:]
+    assert column.note == "up to 1"
+    assert (column.cells[0].image == colour_map("inferno")[255]).all()
 
 
 @pytest.mark.parametrize("layers", [1, 3, 9])

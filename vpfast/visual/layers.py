@@ -14,6 +14,7 @@ from vpfast.visual._frames import Pixels, check_rows, to_pixels
 from vpfast.visual._grid import Bar, Cell, Column, colour_map, write_grid
 
 _EXACT_PSNR = 100.0
+_BEYOND = 1 / 200  # of the positions may be stronger than the last colour: a few of them would leave the rest dark
 
 
 def write_depths(
@@ -111,8 +112,8 @@ def write_heat_maps(
 
     Args:
         frames: (T, C, H, W), float in [0, 1] or uint8, RGB or grey.
-        strengths: (T, h, w, n), at least 0: of each of n layers, such as the length of the codeword that it adds. A
-            layer's colours reach to its largest one, which stands below its name.
+        strengths: (T, h, w, n), at least 0: of each of n layers, such as how far the codeword that it adds lies from
+            the average one. A layer's colours reach to the number below its name, which one position in 200 exceeds.
         max_rows, dpi: as in :func:`write_depths`.
 
     Raises:
@@ -127,11 +128,11 @@ def write_heat_maps(
     colours = colour_map("inferno")
     columns = [_frames_column(pixels, steps)]
     for layer, maps in enumerate(strengths.detach().float().cpu().unbind(-1)):
-        most = float(maps.max())
-        heat = _smooth(maps[steps] / (most or 1), pixels.shape[1:3])
+        most = float(np.quantile(maps.numpy(), 1 - _BEYOND, method="higher"))
+        heat = _smooth((maps[steps] / (most or 1)).clamp(max=1), pixels.shape[1:3])
         cells = [Cell(_laid_over(colours, heat[at], pixels[step])) for at, step in enumerate(steps)]
         columns.append(Column(f"layer {layer + 1}", f"up to {most:.2g}", cells))
-    write_grid(path, columns, _row_names(steps), Bar(colours, "nothing", "the layer's most"), dpi)
+    write_grid(path, columns, _row_names(steps), Bar(colours, "nothing", "most of the layer"), dpi)
 
 
 def _frames_column(pixels: Pixels, steps: list[int]) -> Column:
@@ -211,8 +212,8 @@ def _smooth(maps: Tensor, size: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def _laid_over(colours: Pixels, heat: NDArray[np.float32], frame: Pixels) -> Pixels:
-    """Colours for ``heat`` in [0, 1], with the frame shining through."""
+    """Colours for ``heat`` in [0, 1], lighter and darker where the frame is lighter and darker than on average."""
     grey: NDArray[Any] = frame.astype(np.float32).mean(axis=2, keepdims=True)
-    warm = colours[(heat * 255).round().astype(int)].astype(np.float32)
-    mixed: Pixels = (0.75 * warm + 0.25 * grey).round().astype(np.uint8)
-    return mixed
+    warm = colours[(heat * 255).round().astype(int)]
+    laid: Pixels = (warm + 0.25 * (grey - grey.mean())).round().clip(0, 255).astype(np.uint8)
+    return laid
