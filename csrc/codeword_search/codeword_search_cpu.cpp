@@ -75,7 +75,8 @@ using torch::stable::Tensor;
 constexpr int64_t kTableBytes = int64_t{1} << 23;  // for all chunks' tables together
 constexpr int64_t kChunks = 64;
 
-template <class T>
+// The working type.
+template <class W>
 constexpr ScalarType kType = ScalarType::Float;
 template <>
 constexpr ScalarType kType<double> = ScalarType::Double;
@@ -384,9 +385,8 @@ Tensor check_indices(const Tensor& indices, int64_t vectors, size_t layers) {
   return torch::stable::contiguous(indices);
 }
 
-template <class W>
-void check_working(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  bool right = t.scalar_type() == kType<W> && t.dim() == static_cast<int64_t>(shape.size());
+void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+  bool right = t.scalar_type() == type && t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (int64_t size : shape) right = right && t.size(d++) == size;
   STD_TORCH_CHECK(right, "codeword_search: ", name, " has a wrong shape or type");
@@ -424,10 +424,10 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
                                                        bool strict_tree) {
   Call call = plan<W>(codebooks, z.size(0), z.size(1), strict_tree);
   Problem& p = call.p;
-  check_working<W>(weights_z, "weights_z", {p.layers});
-  check_working<W>(weights_codebooks, "weights_codebooks", {p.layers, p.layers});
-  check_working<W>(counts, "counts", {call.rows});
-  check_working<W>(sums, "sums", {call.rows, p.dim});
+  check(weights_z, "weights_z", kType<W>, {p.layers});
+  check(weights_codebooks, "weights_codebooks", kType<W>, {p.layers, p.layers});
+  check(counts, "counts", kType<W>, {call.rows});
+  check(sums, "sums", kType<W>, {call.rows, p.dim});
   indices = check_indices(indices, p.vectors, codebooks.size());
   weights_z = torch::stable::contiguous(weights_z);
   weights_codebooks = torch::stable::contiguous(weights_codebooks);
@@ -442,7 +442,7 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
   p.indices = static_cast<int64_t*>(const_cast<void*>(indices.const_data_ptr()));
   Pass<W> outputs{};
   if (grad_quantized) {
-    check_working<T>(*grad_quantized, "grad_quantized", {p.vectors, p.dim});
+    check(*grad_quantized, "grad_quantized", z.scalar_type(), {p.vectors, p.dim});
     outputs.grad_quantized = grad_quantized->const_data_ptr();
     outputs.grad_row = grad_quantized->stride(0);
     outputs.grad_column = grad_quantized->stride(1);
