@@ -493,13 +493,20 @@ def peak_of(call):
     return peak - before - outputs
 
 
+def training_step(z, codebooks, strict_tree):
+    leaves = [t.detach().requires_grad_() for t in (z, *codebooks)]
+    found = codeword_search_train(leaves[0], leaves[1:], strict_tree)
+    loss = found.codebook_losses.sum() + found.commitment_losses.sum() + found.combined_loss
+    return (*found, *torch.autograd.grad((loss, found.quantized), leaves, (torch.ones(()), z)))
+
+
 @native
 @pytest.mark.parametrize(
     "case",
     [(245760, 8, 8, 3, True), (245760, 8, 2, 9, True), (245760, 8, 512, 1, False), (32768, 64, 4096, 1, False)],
     ids=str,
 )
-@pytest.mark.parametrize("search", [codeword_search, codeword_search_train])
+@pytest.mark.parametrize("search", [codeword_search, codeword_search_train, training_step])
 def test_memory_beyond_inputs_and_outputs(case, search):
     z, codebooks = inputs(*case)
     search(z[:1000], codebooks, case[-1])
@@ -577,3 +584,39 @@ F = torch.zeros
 def test_refusals_name_what_was_given(search, z, codebooks, strict_tree, error, message):
     with pytest.raises(error, match=rf"^{search.__name__}: .*{message}"):
         search(z, codebooks, strict_tree)
+
+
+@native
+def test_the_kernel_itself_refuses_what_would_read_beyond_memory():
+    z, codebooks = inputs(20, 4, 3, 2)
+    operators = torch.ops.vpfast
+    for short in (codebooks[:1] * 2, [codebooks[0], codebooks[1][:, :3]], []):
+        for operator in (operators.codeword_search, operators.codeword_search_train):
+            with pytest.raises(RuntimeError, match=r"layer 2 must be \(9, 4\)|1 to 16 codebooks, got 0"):
+                operator(z, short, True)
+    with pytest.raises(RuntimeError, match="the type of z"):
+        operators.codeword_search(z, [codebook.half() for codebook in codebooks], True)
+    _, indices, _, counts, sums = operators.codeword_search_train(z, codebooks, True)
+    weights = torch.ones(2), torch.ones(2, 2)
+    for wrong in (indices + 3, indices - 3):
+        with pytest.raises(RuntimeError, match="outside its codebook"):
+            operators.codeword_search_backward(z, wrong, codebooks, True)
+        with pytest.raises(RuntimeError, match="outside its codebook"):
+            operators.codeword_search_train_backward(None, *weights, z, wrong, codebooks, counts, sums, True)
+    for wrong in (indices[1:], indices[:, :1], indices.int()):
+        with pytest.raises(RuntimeError, match=r"indices must be int64 \(20, 2\)"):
+            operators.codeword_search_backward(z, wrong, codebooks, True)
+    given = {
+        "grad_quantized": z,
+        "weights_z": weights[0],
+        "weights_codebooks": weights[1],
+        "counts": counts,
+        "sums": sums,
+    }
+    for name, right in given.items():
+        for wrong in (right[:-1], right.double()):
+            grad, to_z, to_codebooks, *statistics = {**given, name: wrong}.values()
+            with pytest.raises(RuntimeError, match=f"{name} has a wrong shape or type"):
+                operators.codeword_search_train_backward(
+                    grad, to_z, to_codebooks, z, indices, codebooks, *statistics, True
+                )
