@@ -1,6 +1,9 @@
-"""The ladder of codeword_search's training form: losses, statistics, gradients, what PyTorch expects."""
+"""The ladder of codeword_search's training form: losses, statistics, gradients, what PyTorch expects, memory."""
 
+import ctypes
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -445,3 +448,46 @@ def test_autocast_searches_in_float32(choice, dtype, codebook_dtype):
     torch.testing.assert_close(tuple(found), tuple(plain))
     grads = torch.autograd.grad(total(found), leaves)
     assert [g.dtype for g in grads] == [dtype, codebook_dtype, codebook_dtype]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_of(call):
+    """Bytes that the process held at most while ``call`` ran, beyond what it held before and the results: all memory,
+    with what neither Python nor PyTorch counts."""
+
+    def held(field):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+        before = held("VmRSS")
+    except (OSError, AttributeError, TypeError):
+        pytest.skip("needs glibc and Linux's /proc/self/clear_refs")
+    result = call()
+    peak = held("VmHWM")
+    outputs = sum(t.nbytes for t in result)
+    return peak - before - outputs
+
+
+def training_step(z, codebooks, strict_tree):
+    leaves = [t.detach().requires_grad_() for t in (z, *codebooks)]
+    found = codeword_search_train(leaves[0], leaves[1:], strict_tree)
+    loss = found.codebook_losses.sum() + found.commitment_losses.sum() + found.combined_loss
+    return (*found, *torch.autograd.grad((loss, found.quantized), leaves, (torch.ones(()), z)))
+
+
+@native
+@pytest.mark.parametrize(
+    "case",
+    [(245760, 8, 8, 3, True), (245760, 8, 2, 9, True), (245760, 8, 512, 1, False), (32768, 64, 4096, 1, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("search", [codeword_search, codeword_search_train, training_step])
+def test_memory_beyond_inputs_and_outputs(case, search):
+    z, codebooks = inputs(*case)
+    search(z[:1000], codebooks, case[-1])
+    assert peak_of(lambda: search(z, codebooks, case[-1])) < 32 * 2**20
