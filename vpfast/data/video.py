@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,8 +134,9 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
 def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     av = _import_av()
     _check_file(path)
-    decoded = ended = announced = 0
-    guessed = False
+    decoded = 0
+    ended = None  # the last frame's end, in the stream's time base
+    announced: _Announced | None = None
     try:
         with av.open(
             f"file:{path}",
@@ -153,9 +154,8 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
                 decoded += 1
                 yield path, _upright(frame)
                 if frame.pts is not None:
-                    ended = frame.pts + (frame.duration or 0) - (stream.start_time or 0)
-            announced = stream.duration or 0
-            guessed = container.format.name in _DURATION_GUESSED
+                    ended = float((frame.pts + (frame.duration or 0) - (stream.start_time or 0)) * stream.time_base)
+            announced = _announced(container, stream)
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
         raise VideoError(
@@ -163,12 +163,37 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
         ) from error
     if decoded == 0:
         raise VideoError(f"{path}: holds a video stream without a single frame")
-    expected = announced * (decoded - 1) / decoded  # the last duration may be unknown
-    if decoded > 1 and ended < 0.95 * expected:
-        message = f"{path}: ends after {decoded} frames, {ended / announced:.0%} of the time announced; was it cut off?"
-        if ended < 0.9 * expected and not guessed:
-            raise VideoError(message)
-        warnings.warn(message, stacklevel=4)  # past the generators, to who called read_video
+    if announced is not None and ended is not None:
+        _check_complete(path, announced, decoded, ended)
+
+
+class _Announced(NamedTuple):
+    """What a file says of its own length, and the shares of it that are suspect and too little."""
+
+    seconds: float
+    warn_below: float
+    refuse_below: float
+
+
+def _announced(container: Any, stream: Any) -> _Announced | None:
+    kinds = set(container.format.name.split(","))
+    if "avi" in kinds and stream.frames:  # the header's count; the duration would follow from what is there
+        return _Announced(float(stream.frames * stream.time_base), 0.995, 0.98)
+    if stream.duration:
+        return _Announced(float(stream.duration * stream.time_base), 0.95, 0 if kinds & _DURATION_GUESSED else 0.9)
+    if kinds & {"matroska", "webm"} and container.duration and len(container.streams) == 1:
+        return _Announced(container.duration / 1e6, 0.995, 0.98)  # the longest stream's: here the only one's
+    return None
+
+
+def _check_complete(path: Path, announced: _Announced, decoded: int, ended: float) -> None:
+    expected = announced.seconds * (decoded - 1) / decoded  # the last frame's duration may be unknown
+    share = ended / announced.seconds
+    message = f"{path}: ends after {decoded} frames, {share:.1%} of the time announced; was it cut off?"
+    if ended < announced.refuse_below * expected:
+        raise VideoError(message)
+    if ended < announced.warn_below * expected:
+        warnings.warn(message, stacklevel=5)  # past the generators, to who called read_video
 
 
 def _import_av() -> ModuleType:

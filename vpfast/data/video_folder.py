@@ -29,7 +29,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 _HEADER_BYTES = 128
-_FORMAT = 1  # part of every cache key: a change in what is stored must not meet files of before
+_FORMAT = 2  # part of every cache key: a change in what is stored must not meet files of before
 
 
 @dataclass(frozen=True)
