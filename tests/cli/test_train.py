@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from vpfast.cli import _options
 from vpfast.cli.train import TrainConfig
 from vpfast.training.config import from_dict
 from vpfast.training.network import build_model
+from vpfast.training.recipes import RECIPES
 
 TINY = [
     *("--model.channels", "[4,8]", "--model.levels", "1", "--model.hidden_channels", "4"),
@@ -49,6 +51,21 @@ def test_options_override_files_override_defaults(tmp_path):
     config = from_dict(TrainConfig, values)
     assert (config.steps, config.data.size, config.optim.lr, config.context) == (7, (32, 32), 3e-4, 10)
     assert config.model == {"preset": "compact", "levels": 2}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_choice_of_a_model_can_be_given_as_it_is_called(name, tmp_path):
+    """As an option and in a file, where YAML takes some words for something else."""
+    options = _options.Options("test", "")
+    options.add_config(TrainConfig)
+    hints = get_type_hints(RECIPES[name].config_class)
+    choices = [(key, choice) for key, hint in hints.items() if get_origin(hint) is Literal for choice in get_args(hint)]
+    assert choices
+    for key, choice in choices:
+        path = tmp_path / "c.yaml"
+        path.write_text(f"model: {{{key}: {choice}}}\n")
+        for args in ([f"--model.{key}", choice], ["--config", str(path)]):
+            assert options.parse(args)["model"] == {key: choice}
 
 
 SMALL = {

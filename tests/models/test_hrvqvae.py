@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
     "residual_blocks": 1,
     "latent_channels": 4,
     "codebook_size": 3,
-    "dead_codes": "off",
+    "dead_codes": "ignore",
 }
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -409,7 +409,7 @@ def test_loss_refused() -> None:
         ("codebook_update", "adam", "one of 'gradient', 'ema', got 'adam'"),
         ("loss_reduction", "none", "one of 'mean', 'sum', got 'none'"),
         ("residual", True, "one of 'detached', 'attached', got True"),
-        ("dead_codes", "on", "one of 'restart', 'off', got 'on'"),
+        ("dead_codes", "on", "one of 'restart', 'ignore', got 'on'"),
         ("scaling", "whole", "one of 'half', 'unit', got 'whole'"),
         ("ema_decay", 1.0, r"in \[0, 1\), got 1\.0"),
         ("ema_decay", -0.1, r"in \[0, 1\), got -0\.1"),

@@ -66,7 +66,7 @@ def test_a_run_learns_and_tells_how_deep(tiny_codes):
 
 def test_the_loss_is_that_of_equation_4(tiny_codes):
     torch.manual_seed(0)
-    model = HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(4,), dead_codes="off"))
+    model = HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(4,), dead_codes="ignore"))
     frames = torch.rand(2, 3, 1, 8, 8)
     loss = objective(model, frames, tiny_codes(), 0)
     assert torch.equal(loss.total, hrvqvae_loss(model(frames), frames))
@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_equation_4(tiny_codes):
     [
         {},
         {"codebook_update": "ema", "ema_decay": 0.5},
-        {"codebook_update": "ema", "dead_codes": "off"},
+        {"codebook_update": "ema", "dead_codes": "ignore"},
         {"dead_code_threshold": 5.0, "ema_decay": 0.5},
     ],
 )
@@ -111,7 +111,7 @@ def test_codes_restart_in_the_runs_above(tiny_codes):
 def test_a_run_starts_from_given_weights(tiny_codes, tmp_path):
     first = train(tiny_codes(out=str(tmp_path / "first"), steps=2), progress=False)
     still = OptimConfig(lr=1e-30)
-    second = tiny_codes({"dead_codes": "off"}, out=str(tmp_path / "a"), steps=1, init=str(first), optim=still)
+    second = tiny_codes({"dead_codes": "ignore"}, out=str(tmp_path / "a"), steps=1, init=str(first), optim=still)
     with pytest.raises(ValueError, match="init: the weights in"):
         train(second, progress=False)
     third = tiny_codes(out=str(tmp_path / "b"), steps=1, init=str(first), optim=still)

@@ -12,7 +12,7 @@ from vpfast.models._config import ModelConfig, is_count, is_weight
 CodebookUpdate = Literal["gradient", "ema"]
 Reduction = Literal["mean", "sum"]
 Residual = Literal["detached", "attached"]
-DeadCodes = Literal["restart", "off"]
+DeadCodes = Literal["restart", "ignore"]
 Scaling = Literal["half", "unit"]
 
 MAX_LAYERS = 16
@@ -45,7 +45,7 @@ class SHRVQVAEConfig(ModelConfig):
         residual: what layer i quantizes, xi^i = xi^(i-1) - e^i, with e^i ``"detached"`` or ``"attached"``: the
             commitment term of a layer then also reaches the codewords of the layers before it.
         dead_codes: ``"restart"``: codebooks start from the first batch, and codewords that nobody chooses start again
-            from residuals below their own parent; ``"off"``: random start, no restart.
+            from residuals below their own parent; ``"ignore"``: random start, no restart.
         dead_code_threshold: a codeword is dead when it is chosen fewer times than this a batch, on average.
         scaling: the network sees frames as x - 0.5 (``"half"``) or 2x - 1 (``"unit"``), and Eq. 4 compares them there.
 
