@@ -94,12 +94,12 @@ def test_the_first_layers_of_a_cut_file_can_be_decoded(command, refused, code_we
     assert command(*args, "--layers", 2)[0] == 0
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".gif", ".mp4"])
+@pytest.mark.parametrize("suffix", [".npy", ".gif", ".mp4", ".GIF", ".NPY"])
 def test_one_file_can_be_asked_for(command, code_weights, coded, tmp_path, suffix):
     out = tmp_path / f"one{suffix}"
     assert command("decode", coded, "--weights", code_weights, "--out", out)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.avi", "film.vpc", out.name]
-    count = len(np.load(out)) if suffix == ".npy" else read_video(out).shape[0]
+    count = len(np.load(out)) if suffix.lower() == ".npy" else read_video(out).shape[0]
     assert count == 12
 
 
@@ -170,12 +170,15 @@ def test_videos_that_cannot_be_read_leave_nothing(refused, code_weights, video, 
     ("name", "args", "message"),
     [
         ("encode", ["--start", 12], "film.avi: has no frame from --start 12 on"),
-        ("encode", ["--start", -1], "--start: -1 given, must be at least 0"),
-        ("encode", ["--count", 0], "0 given, must be at least 1"),
+        ("encode", ["--start", -1], "--start: -1 given, must be a whole number of at least 0"),
+        ("encode", ["--start", "1.5"], "--start: 1.5 given, must be a whole number of at least 0"),
+        ("encode", ["--count", 0], "--count: 0 given, must be a whole number of at least 1"),
         ("encode", ["--size", 16, 25], "25 is not a multiple of 4"),
         ("encode", ["--weights", "/nowhere"], "/nowhere"),
         ("decode", ["--layers", 4], "layers must be 1 to 3"),
-        ("decode", ["--layers", 0], "0 given, must be at least 1"),
+        ("decode", ["--layers", 0], "--layers: 0 given, must be a whole number of at least 1"),
+        ("decode", ["--layers", "two"], "--layers: two given, must be a whole number of at least 1"),
+        ("decode", ["--out", "film.png"], "--out film.png: must end in .gif, .mp4 or .npy, or be the name of a folder"),
         ("decode", ["--fps", 60], "fps must be above 0 and at most 50"),
         ("decode", ["--weights", "/nowhere"], "/nowhere"),
     ],
@@ -240,6 +243,14 @@ def test_frames_are_shown_layer_by_layer(command, code_weights, model, video, fr
     assert read_video(out / "depths.gif").shape[0] == 2
 
 
+def test_one_frame_is_called_one(command, code_weights, video, tmp_path):
+    args = ("--weights", code_weights, "--out")
+    said = [command("encode", video, *args, tmp_path / "a.vpc", "--count", 1)[1]]
+    said.append(command("decode", tmp_path / "a.vpc", *args, tmp_path / "a.npy")[1])
+    said.append(command("visualize", video, *args, tmp_path / "shown", "--count", 1)[1].splitlines()[-1])
+    assert all(line.startswith("1 frame of ") for line in said)
+
+
 def refused_line(result):
     assert result[0] == 2
     return result[2]
@@ -248,8 +259,9 @@ def refused_line(result):
 def test_what_cannot_be_shown_is_refused(refused, code_weights, video, tmp_path):
     args = ("visualize", video, "--weights", code_weights, "--out", tmp_path / "out")
     assert "film.avi: has 12 frames" in refused(*args, "--start", 12)
-    assert "must be at least 1" in refused(*args, "--rows", 0)
-    assert "start" in refused(*args, "--start", -1)
+    assert "--rows: 0 given, must be a whole number of at least 1" in refused(*args, "--rows", 0)
+    assert "--start: -1 given, must be a whole number of at least 0" in refused(*args, "--start", -1)
+    assert "at least 11x11" in refused(*args, "--size", 8, 24)  # known after decoding, and still nothing is written
     assert [path.name for path in tmp_path.iterdir()] == ["film.avi"]
 
 

@@ -1,6 +1,7 @@
 """What the commands share that show a video to a trained model."""
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,18 @@ from vpfast.training import TrainConfig
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as an argparse type."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} given, must be at least 1")
-    return number
+    return _whole(text, 1)
+
+
+def from_zero(text: str) -> int:
+    """A whole number of at least 0, as an argparse type."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, lowest: int) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text} given, must be a whole number of at least {lowest}")
+    return int(text)
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:

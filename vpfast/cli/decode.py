@@ -1,6 +1,7 @@
 """``vpfast decode``: the frames of a file that ``vpfast encode`` wrote."""
 
 import argparse
+import mimetypes
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from vpfast.models.shrvqvae import CodesError
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_file, new_folder
+from vpfast.training.recipes import counted
 from vpfast.visual import write_gif, write_mp4
 
 DESCRIPTION = """Make frames again of a file of codes, with the weights that encoded them. An output that ends in .gif,
@@ -37,7 +39,7 @@ _WRITERS: dict[str, Callable[[Path, Tensor, float], None]] = {".gif": write_gif,
 def run(argv: Sequence[str]) -> int:
     """Decode and write; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
-    one_file = options.out.suffix in {".npy", *_WRITERS}
+    one_file = _is_file(options.out)
     replace: bool | frozenset[str] = options.force
     if one_file:
         check_out_file(options.out, options.force)
@@ -53,7 +55,8 @@ def run(argv: Sequence[str]) -> int:
             frames = _decode(folder / "decoded.npy", codes, model)
             for suffix, write in _WRITERS.items():
                 write(folder / f"decoded{suffix}", frames, options.fps)
-    print(f"{len(codes)} frames of {options.file} from {_layers(codes.layers)} of codes: {options.out}")
+    length, depth = counted(len(codes), "frame"), counted(codes.layers, "layer")
+    print(f"{length} of {options.file} from {depth} of codes: {options.out}")
     return 0
 
 
@@ -70,6 +73,16 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--layers", type=positive, help="decode from so many first layers alone (default: all)")
     parser.add_argument("--fps", type=positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
     return parser.parse_args(argv)
+
+
+def _is_file(out: Path) -> bool:
+    """Whether ``--out`` is one file; ValueError where its name is that of a picture or film of another kind."""
+    if out.suffix.lower() in {".npy", *_WRITERS}:
+        return True
+    kind, _ = mimetypes.guess_type(out.name)
+    if kind is not None and kind.startswith(("image/", "video/")):
+        raise ValueError(f"--out {out}: must end in .gif, .mp4 or .npy, or be the name of a folder")
+    return False
 
 
 def _read(file: Path, layers: int | None, model: HRVQVAE) -> Codes:
@@ -100,13 +113,9 @@ def _decode(path: Path, codes: Codes, model: HRVQVAE) -> Tensor:
 
 def _write_file(out: Path, codes: Codes, model: HRVQVAE, options: Any) -> None:
     with new_file(out, options.force) as draft:
-        if out.suffix == ".npy":
+        if out.suffix.lower() == ".npy":
             _decode(draft, codes, model)
             return
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as scratch:
             frames = _decode(Path(scratch) / "decoded.npy", codes, model)
-            _WRITERS[out.suffix](draft, frames, options.fps)
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer" if count == 1 else f"{count} layers"
+            _WRITERS[out.suffix.lower()](draft, frames, options.fps)

@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file
-from vpfast.cli._video import add_video_options, batches, frame_size, positive
+from vpfast.cli._video import add_video_options, batches, frame_size, from_zero, positive
 from vpfast.data import VideoError
 from vpfast.data.video import iter_video
 from vpfast.models import HRVQVAE, Codes
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_file
+from vpfast.training.recipes import counted
 
 DESCRIPTION = (
     "Write the frames of a video as the codes of a trained HR-VQVAE. The file opens with `vpfast decode` and the same "
@@ -34,10 +35,10 @@ def run(argv: Sequence[str]) -> int:
     data = codes.to_bytes()
     with new_file(options.out, options.force) as draft:
         draft.write_bytes(data)
-    height, width = codes.frame_size
+    (height, width), colour = codes.frame_size, "RGB" if codes.channels == 3 else "grey"
     print(
-        f"{len(codes)} frames of {options.video}, {height}x{width} {'RGB' if codes.channels == 3 else 'grey'}, in "
-        f"{codes.layers} layers of {codes.codebook_size}: {options.out}\n{len(data):,} bytes, "
+        f"{counted(len(codes), 'frame')} of {options.video}, {height}x{width} {colour}, in "
+        f"{counted(codes.layers, 'layer')} of {codes.codebook_size}: {options.out}\n{len(data):,} bytes, "
         f"{codes.frame_bytes / len(data):.2f} times smaller than 8-bit frames ({codes.frame_bytes:,} bytes)"
     )
     return 0
@@ -47,12 +48,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="vpfast encode", description=DESCRIPTION, allow_abbrev=False)
     add_video_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the file to write, such as clip.vpc")
-    parser.add_argument("--start", type=int, default=0, help="the first frame to encode, from 0")
+    parser.add_argument("--start", type=from_zero, default=0, help="the first frame to encode, from 0")
     parser.add_argument("--count", type=positive, help="how many frames (default: all that follow)")
-    options = parser.parse_args(argv)
-    if options.start < 0:
-        parser.error(f"argument --start: {options.start} given, must be at least 0")
-    return options
+    return parser.parse_args(argv)
 
 
 def _encode(model: HRVQVAE, options: Any, size: tuple[int, int] | None) -> Codes:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_folder
-from vpfast.cli._video import add_video_options, frame_size, positive
+from vpfast.cli._video import add_video_options, frame_size, from_zero, positive
 from vpfast.data import read_video
 from vpfast.metrics import VideoMetrics
 from vpfast.models import HRVQVAE, Codes
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder
-from vpfast.training.recipes.hrvqvae import depth_name
+from vpfast.training.recipes import counted
 from vpfast.visual import side_by_side, write_code_maps, write_depths, write_gif, write_heat_maps
 
 DESCRIPTION = """Show what the layers of a trained HR-VQVAE hold of a video. The output folder receives:
@@ -41,8 +41,9 @@ def run(argv: Sequence[str]) -> int:
     device = pick_device(options.device)
     codes = model.to(device).encode(frames.to(device)).to("cpu")
     depths = range(1, codes.layers + 1)
-    made = {depth_name(depth): model.decode(codes, depth).float().cpu() for depth in depths}
-    notes = {depth_name(depth): _smaller(codes.first(depth)) for depth in depths}
+    made = {counted(depth, "layer"): model.decode(codes, depth).float().cpu() for depth in depths}
+    notes = {counted(depth, "layer"): _smaller(codes.first(depth)) for depth in depths}
+    told = [f"{name:>10}  {_errors(clip, frames)}  {notes[name]}" for name, clip in made.items()]
     with new_folder(options.out, replace) as folder:
         write_depths(folder / "depths.png", frames, made, notes, options.rows)
         write_gif(folder / "depths.gif", side_by_side({"frame": frames, **made}), options.fps)
@@ -55,12 +56,7 @@ def run(argv: Sequence[str]) -> int:
             options.rows,
         )
         write_heat_maps(folder / "heatmaps.png", frames, _news(model, codes), options.rows)
-    for name, clip in made.items():
-        metrics = VideoMetrics()
-        metrics.update(clip[None], frames[None])
-        mean = metrics.compute().mean
-        print(f"{name:>10}  PSNR {mean['psnr']:.2f} dB  SSIM {mean['ssim']:.4f}  {notes[name]}")
-    print(f"{len(frames)} frames of {options.video}: {options.out}")
+    print(*told, f"{counted(len(frames), 'frame')} of {options.video}: {options.out}", sep="\n")
     return 0
 
 
@@ -73,11 +69,18 @@ def _parse(argv: Sequence[str]) -> Any:
     )
     add_video_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--start", type=int, default=0, help="the first frame, from 0")
+    parser.add_argument("--start", type=from_zero, default=0, help="the first frame, from 0")
     parser.add_argument("--count", type=positive, default=60, help="at most so many frames (default: 60)")
     parser.add_argument("--rows", type=positive, default=4, help="frames shown in a picture (default: 4)")
     parser.add_argument("--fps", type=positive, default=10, help="frames a second of the GIF (default: 10)")
     return parser.parse_args(argv)
+
+
+def _errors(made: Tensor, frames: Tensor) -> str:
+    metrics = VideoMetrics()
+    metrics.update(made[None], frames[None])
+    mean = metrics.compute().mean
+    return f"PSNR {mean['psnr']:.2f} dB  SSIM {mean['ssim']:.4f}"
 
 
 def _smaller(codes: Codes) -> str:

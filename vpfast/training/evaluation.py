@@ -71,7 +71,8 @@ def evaluate(
     metrics: dict[str, VideoMetrics] = {}
     counts: dict[str, Tensor] = {}
     judged = ""
-    for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=not progress, leave=False):
+    hidden = None if progress else True  # None: shown on a terminal alone
+    for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=hidden, leave=False):
         compared = recipe.compare(model, frames.to(chosen), context)
         judged = compared.judged
         for name, made in compared.made.items():

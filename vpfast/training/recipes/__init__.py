@@ -3,7 +3,7 @@
 from torch import nn
 
 from vpfast.training.recipes import hrvqvae, mspn
-from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, perplexity
+from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, counted, perplexity
 
 RECIPES = {"mspn": mspn.RECIPE, "hrvqvae": hrvqvae.RECIPE}
 """By ``model.name``."""
@@ -32,4 +32,4 @@ def recipe_of(model: nn.Module) -> Recipe:
     raise TypeError(f"there is no recipe for a {type(model).__name__}")
 
 
-__all__ = ["RECIPES", "Comparison", "Loss", "Recipe", "perplexity", "recipe_named", "recipe_of"]
+__all__ = ["RECIPES", "Comparison", "Loss", "Recipe", "counted", "perplexity", "recipe_named", "recipe_of"]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vpfast.models import HRVQVAE, Codes, SHRVQVAEConfig
 from vpfast.models.shrvqvae import hrvqvae_loss
 from vpfast.training.config import TrainConfig
-from vpfast.training.recipes.recipe import Comparison, Loss, Recipe
+from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, counted
 
 
 def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Loss:
@@ -20,14 +20,9 @@ def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) 
 def compare(model: HRVQVAE, frames: Tensor, context: int) -> Comparison:
     """Reconstructions by depth, and how often each codeword of the deepest layer in use was chosen."""
     codes = model.encode(frames)
-    names = [depth_name(depth) for depth in range(1, codes.layers + 1)]
+    names = [counted(depth, "layer") for depth in range(1, codes.layers + 1)]
     made = {name: model.decode(codes, layers=depth) for depth, name in enumerate(names, start=1)}
     return Comparison(frames, made, names[-1], dict(zip(names, _counts(model, codes), strict=True)))
-
-
-def depth_name(layers: int) -> str:
-    """``1 layer``, ``2 layers``, ..."""
-    return f"{layers} layer" if layers == 1 else f"{layers} layers"
 
 
 def _counts(model: HRVQVAE, codes: Codes) -> tuple[Tensor, ...]:

@@ -68,6 +68,11 @@ class Recipe:
             )
 
 
+def counted(count: int, thing: str) -> str:
+    """``1 layer``, ``2 layers``, ..."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def perplexity(counts: Tensor) -> float:
     """exp of the entropy of a choice: as many codewords, all used alike, would carry as much. 0 where none was made."""
     total = counts.sum()
