@@ -152,7 +152,7 @@ def test_a_refusal_of_the_operators_is_one_line(refused, weights, video, out):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--horizon", 0], "must be at least 1"),
+        (["--horizon", 0], "--horizon: 0 given, must be a whole number of at least 1"),
         (["--horizon", "x"], "--horizon"),
         (["--size", 16, 25], "25 is not a multiple of 2"),
         (["--size", 16], "--size"),

@@ -18,6 +18,7 @@ from vpfast.models import MSPN
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder
+from vpfast.training.recipes import counted
 from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
 
 DESCRIPTION = """Predict the frames that follow `context` real frames of a video. The output folder receives:
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
             f"really followed is not shown; --horizon {future.shape[0]} shows it",
             file=sys.stderr,
         )
-    print(f"{options.horizon} frames predicted from {options.context} of {options.video}: {options.out}")
+    print(f"{counted(options.horizon, 'frame')} predicted from {options.context} of {options.video}: {options.out}")
     return 0
 
 
