@@ -90,6 +90,7 @@ struct Call {
   PackedPanels panels;
   PackedLookups lookups;
   int64_t rows = 0;
+  Isa isa = active_isa();  // once: the panels are laid out for it
 
   int64_t collected_rows() const { return p.strict_tree ? rows - p.first_row[p.layers - 1] : rows; }
   int64_t first_collected() const { return p.strict_tree ? p.first_row[p.layers - 1] : 0; }
@@ -130,18 +131,19 @@ void read_from(Problem& p, const Tensor& z) {
   p.z_column = z.stride(1);
 }
 
+// What the scans in float32 need; float64 vectors go without.
 template <class W>
-void prepare_search(Call& call, Isa isa) {
-  Problem& p = call.p;
-  int64_t rows = 1;
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    rows = p.strict_tree ? rows * p.codebook_size : p.codebook_size;
-    p.reach[layer] = reach(static_cast<const W*>(p.rows[layer]), rows, p.dim);
-  }
+void prepare_search(Call& call) {
   if (std::is_same_v<W, double>) return;
-  p.lookups.layers = isa == Isa::avx512 ? layers_by_lookup(p) : 0;
+  Problem& p = call.p;
+  int64_t codebooks = 1;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    p.lengths[layer] = measure_codewords(static_cast<const float*>(p.rows[layer]), codebooks, p.codebook_size, p.dim);
+    if (p.strict_tree) codebooks *= p.codebook_size;
+  }
+  p.lookups.layers = call.isa == Isa::avx512 ? layers_by_lookup(p) : 0;
   call.lookups = pack_lookups(p);
-  call.panels = pack_panels(p, 0, lanes_of(isa));
+  call.panels = pack_panels(p, lanes_of(call.isa));
 }
 
 // Enough groups a thread that waking it pays.
@@ -222,9 +224,8 @@ Sums collect_by_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks,
   std::vector<int64_t> counts(chunks * rows);
   std::vector<double> errors(chunks * p.layers);
   std::atomic<bool> good{true};
-  const Isa isa = active_isa();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Walk<T, W> walk(p, isa);
+    Walk<T, W> walk(p, call.isa);
     for (int64_t k = begin; k < end; ++k) {
       Pass<W> pass = outputs;
       pass.errors = errors.data() + k * p.layers;
@@ -255,9 +256,8 @@ Sums collect_by_rows(const Call& call, const Pass<W>& outputs, int64_t chunks, S
   const int64_t chunk = (groups(p.vectors) + chunks - 1) / chunks;
   std::vector<double> errors(chunks * p.layers);
   std::atomic<bool> good{true};
-  const Isa isa = active_isa();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Walk<T, W> walk(p, isa);
+    Walk<T, W> walk(p, call.isa);
     for (int64_t k = begin; k < end; ++k) {
       Pass<W> pass = outputs;
       pass.errors = errors.data() + k * p.layers;
@@ -280,7 +280,7 @@ Sums collect_by_rows(const Call& call, const Pass<W>& outputs, int64_t chunks, S
     Pass<W> pass = outputs;
     pass.grad_z = nullptr;
     pass.table = {sums.data(), counts.data(), first + least, first + last};
-    Walk<T, W> walk(p, isa);
+    Walk<T, W> walk(p, call.isa);
     for (int64_t group = 0; group < groups(p.vectors) && least < last; ++group) {
       walk.look_up(group);
       walk.take(step, pass);
@@ -317,14 +317,13 @@ std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& co
   Problem& p = call.p;
   Tensor quantized = torch::stable::empty({p.vectors, p.dim}, z.scalar_type());
   Tensor indices = torch::stable::empty({p.vectors, p.layers}, ScalarType::Long);
-  const Isa isa = active_isa();
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  prepare_search<W>(call, isa);
+  prepare_search<W>(call);
   Pass<W> outputs{};
   outputs.quantized = quantized.mutable_data_ptr();
   torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
-    Walk<T, W> walk(p, isa);
+    Walk<T, W> walk(p, call.isa);
     Pass<W> pass = outputs;
     for (int64_t group = begin; group < end; ++group) {
       walk.search(group);
@@ -346,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& z, const 
   Tensor sums = torch::stable::empty({call.rows, p.dim}, kType<W>);
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  prepare_search<W>(call, active_isa());
+  prepare_search<W>(call);
   Pass<W> outputs{};
   outputs.quantized = quantized.mutable_data_ptr();
   Sums found = collect_sums<T>(call, outputs, Step::measure, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
@@ -456,9 +455,8 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
   };
   if (strict_tree) {
     std::atomic<bool> good{true};
-    const Isa isa = active_isa();
     torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
-      Walk<T, W> walk(p, isa);
+      Walk<T, W> walk(p, call.isa);
       Pass<W> pass = outputs;
       for (int64_t group = begin; group < end; ++group) visit(walk, group, pass);
       if (!walk.good()) good = false;

@@ -285,32 +285,48 @@ void scan_layer_by_panels(const Problem& p, Group& group, int64_t layer, double*
 
 // --- the search ---
 
+// For vectors of components up to `largest`.
+VPFAST_INLINE void set_margins(const Problem& p, Group& group, float largest) {
+  double length = __builtin_sqrt(static_cast<double>(p.dim)) * largest;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    group.margins[layer] = uncertainty(p.dim, layer, length, p.lengths[layer]);
+    length += reach(length, p.lengths[layer]);
+  }
+}
+
+// How many leading layers go by lookups: none where a scan could overflow.
+VPFAST_INLINE int64_t layers_to_look_up(const Problem& p, const Group& group) {
+  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
+    if (!(group.margins[layer] < __builtin_inff())) return 0;
+  }
+  return p.lookups.layers;
+}
+
 // Vectors with NaN or infinity are searched as zeros, and given codes 0 at the end.
 template <class T>
 VPFAST_INLINE void read_group(const Problem& p, Group& group, float* memory) {
   const T* z = static_cast<const T*>(p.z) + group.first * p.z_row;
   const int64_t size = group.count * p.dim;
-  float largest = __builtin_inff();
+  bool finite = false;
   if constexpr (std::is_same_v<T, float>) {
-    if (is_dense(p)) largest = largest_magnitude(z, size);
-    // Lookups change nothing in place: what is fit to be searched is searched where it lies.
-    if (largest < __builtin_inff() && p.lookups.layers == p.layers && group.count == kGroup) group.residuals = z;
-  }
-  if (group.residuals == memory) {
-    for (int64_t v = 0; v < group.count; ++v) read_row(z + v * p.z_row, p.z_column, p.dim, memory + v * p.dim);
-    fill(memory + size, kGroup * p.dim - size, 0.0f);
-    for (int64_t v = 0; !(largest < __builtin_inff()) && v < group.count; ++v) {
-      if (is_finite(memory + v * p.dim, p.dim)) continue;
-      group.not_finite |= uint64_t{1} << v;
-      fill(memory + v * p.dim, p.dim, 0.0f);
+    const float largest = is_dense(p) ? largest_magnitude(z, size) : __builtin_inff();
+    finite = largest < __builtin_inff();
+    if (finite) set_margins(p, group, largest);
+    // Where all layers go by lookups, which change nothing in place, the vectors are searched where they lie.
+    if (finite && group.count == kGroup && layers_to_look_up(p, group) == p.layers) {
+      group.residuals = z;
+      return;
     }
-    largest = largest_magnitude(memory, size);
   }
-  double length = __builtin_sqrt(static_cast<double>(p.dim)) * largest;
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    group.margins[layer] = uncertainty(p.dim, layer, length, p.reach[layer]);
-    length += p.reach[layer];
+  for (int64_t v = 0; v < group.count; ++v) read_row(z + v * p.z_row, p.z_column, p.dim, memory + v * p.dim);
+  fill(memory + size, kGroup * p.dim - size, 0.0f);
+  if (finite) return;
+  for (int64_t v = 0; v < group.count; ++v) {
+    if (is_finite(memory + v * p.dim, p.dim)) continue;
+    group.not_finite |= uint64_t{1} << v;
+    fill(memory + v * p.dim, p.dim, 0.0f);
   }
+  set_margins(p, group, largest_magnitude(memory, size));
 }
 
 // From xi^(i-1) to xi^i.
@@ -350,14 +366,6 @@ VPFAST_INLINE void write_codes(const Problem& p, const Group& group) {
     }
   }
   interleave<1>(layers, codes, group.count, p.indices + group.first * layers);
-}
-
-// How many leading layers go by lookups: none where a scan could overflow.
-VPFAST_INLINE int64_t layers_to_look_up(const Problem& p, const Group& group) {
-  for (int64_t layer = 0; layer < p.lookups.layers; ++layer) {
-    if (!(group.margins[layer] < __builtin_inff())) return 0;
-  }
-  return p.lookups.layers;
 }
 
 // The codes of `count` vectors from `first`, also told as `rows` (layers, kGroup); `residuals` (kGroup, dim) and

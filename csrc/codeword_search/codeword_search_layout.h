@@ -19,28 +19,43 @@ inline double squared_length(const float* x, int64_t dim) {
   return sum;
 }
 
-// The longest of `rows` codewords; NaN or infinity where one holds such.
-template <class W>
-double reach(const W* codewords, int64_t rows, int64_t dim) {
-  double longest = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    double sum = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      const double x = static_cast<double>(codewords[row * dim + d]);
-      sum += x * x;
+// The bias of a codeword that never wins. Its components are laid out as zeros, for the score to be this one.
+constexpr float kNeverWins = -std::numeric_limits<float>::infinity();
+
+inline float bias_of(const float* codeword, int64_t dim) {
+  const double square = squared_length(codeword, dim);
+  return std::isfinite(square) ? static_cast<float>(-square / 2) : kNeverWins;
+}
+
+// Of the second codeword less the first.
+inline float bias_between(const float* first, const float* second, int64_t dim) {
+  const double square = squared_length(first, dim), other = squared_length(second, dim);
+  if (!std::isfinite(other)) return kNeverWins;
+  return std::isfinite(square) ? static_cast<float>((square - other) / 2) : -kNeverWins;
+}
+
+// Of codebooks of `size` codewords each. Squares of float32 do not overflow float64.
+inline Lengths measure_codewords(const float* codewords, int64_t codebooks, int64_t size, int64_t dim) {
+  double longest = 0, shortest = 0;
+  for (int64_t codebook = 0; codebook < codebooks; ++codebook) {
+    double shortest_here = std::numeric_limits<double>::infinity();
+    for (int64_t code = 0; code < size; ++code) {
+      const double square = squared_length(codewords + (codebook * size + code) * dim, dim);
+      if (!std::isfinite(square)) continue;
+      longest = std::max(longest, square);
+      shortest_here = std::min(shortest_here, square);
     }
-    if (!(sum <= longest)) longest = sum;
-    if (std::isnan(sum)) return sum;
+    shortest = std::max(shortest, shortest_here);
   }
-  return std::sqrt(longest);
+  return {std::sqrt(longest), std::sqrt(shortest)};
 }
 
 struct PackedPanels {
   std::vector<AlignedVector<float>> codewords, biases;
 };
 
-// Panels of `layers_from`.. to the last layer, in registers of at most `lanes` floats.
-inline PackedPanels pack_panels(Problem& p, int64_t layers_from, int lanes) {
+// In registers of at most `lanes` floats.
+inline PackedPanels pack_panels(Problem& p, int lanes) {
   Panels& panels = p.panels;
   panels.width = 4;
   while (panels.width < lanes && panels.width < p.codebook_size) panels.width *= 2;
@@ -51,30 +66,27 @@ inline PackedPanels pack_panels(Problem& p, int64_t layers_from, int lanes) {
   packed.biases.resize(p.layers);
   int64_t parents = 1;
   for (int64_t layer = 0; layer < p.layers; ++layer) {
-    if (layer >= layers_from) {
-      const int64_t blocks = parents * panels.blocks;
-      AlignedVector<float>&codewords = packed.codewords[layer], &biases = packed.biases[layer];
-      codewords.resize(blocks * p.dim * width);
-      biases.resize(blocks * width);
-      const float* rows = static_cast<const float*>(p.rows[layer]);
-      torch::stable::parallel_for(
-          0, blocks, std::max<int64_t>(1, 16384 / (p.dim * width)), [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-              const int64_t parent = block / panels.blocks, first = block % panels.blocks * width;
-              for (int lane = 0; lane < width; ++lane) {
-                const int64_t code = first + lane;
-                const bool real = code < p.codebook_size;
-                const float* row = real ? rows + (parent * p.codebook_size + code) * p.dim : nullptr;
-                biases[block * width + lane] = real ? static_cast<float>(-squared_length(row, p.dim) / 2)
-                                                    : -std::numeric_limits<float>::infinity();
-                for (int64_t d = 0; d < p.dim; ++d)
-                  codewords[(block * p.dim + d) * width + lane] = real ? row[d] : 0.0f;
-              }
-            }
-          });
-      panels.codewords[layer] = codewords.data();
-      panels.biases[layer] = biases.data();
-    }
+    const int64_t blocks = parents * panels.blocks;
+    AlignedVector<float>&codewords = packed.codewords[layer], &biases = packed.biases[layer];
+    codewords.resize(blocks * p.dim * width);
+    biases.resize(blocks * width);
+    const float* rows = static_cast<const float*>(p.rows[layer]);
+    const int64_t grain = std::max<int64_t>(1, 16384 / (p.dim * width));
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t parent = block / panels.blocks, first = block % panels.blocks * width;
+        for (int lane = 0; lane < width; ++lane) {
+          const int64_t code = first + lane;
+          const float* row = rows + (parent * p.codebook_size + code) * p.dim;
+          const float bias = code < p.codebook_size ? bias_of(row, p.dim) : kNeverWins;
+          biases[block * width + lane] = bias;
+          for (int64_t d = 0; d < p.dim; ++d)
+            codewords[(block * p.dim + d) * width + lane] = bias > kNeverWins ? row[d] : 0.0f;
+        }
+      }
+    });
+    panels.codewords[layer] = codewords.data();
+    panels.biases[layer] = biases.data();
     if (p.strict_tree) parents *= p.codebook_size;
   }
   return packed;
@@ -127,13 +139,13 @@ inline PackedLookups pack_lookups(Problem& p) {
       const int64_t parent = row / p.codebook_size, code = row % p.codebook_size;
       const float* codeword = codewords + row * p.dim;
       for (int64_t d = 0; d < p.dim; ++d) by_row[d * row_stride + row] = codeword[d];
-      double bias = -squared_length(codeword, p.dim) / 2;
       if (two && code == 0) continue;
+      const float* rival = two ? codeword - p.dim : nullptr;
       float* entry = by_parent.data() + (two ? 0 : code) * (p.dim + 1) * parent_stride + parent;
-      for (int64_t d = 0; d < p.dim; ++d)
-        entry[d * parent_stride] = two ? codeword[d] - codeword[d - p.dim] : codeword[d];
-      if (two) bias += squared_length(codeword - p.dim, p.dim) / 2;
-      entry[p.dim * parent_stride] = static_cast<float>(bias);
+      float& bias = entry[p.dim * parent_stride];
+      bias = two ? bias_between(rival, codeword, p.dim) : bias_of(codeword, p.dim);
+      for (int64_t d = 0; d < p.dim && std::isfinite(bias); ++d)
+        entry[d * parent_stride] = two ? codeword[d] - rival[d] : codeword[d];
     }
     p.lookups.by_parent[layer] = by_parent.data();
     p.lookups.by_row[layer] = by_row.data();

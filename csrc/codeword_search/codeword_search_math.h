@@ -31,16 +31,32 @@ inline double squared_distance(const double* residual, const W* codeword, int64_
   return sum;
 }
 
-// How far apart two float32 scores must be for their order to be sure, at layer `layer` (from 0), for residuals no
-// longer than `length` and codewords no longer than `reach`. Every rounding of the scan is relative, by u, to a partial
-// sum of at most |xi||e| + |e|^2 / 2; dim products, the bias, and the subtractions of the layers before are rounded.
+// The lengths of a layer's codewords, but for those that are not finite and never win.
+struct Lengths {
+  double longest;
+  double shortest;  // the shortest of a codebook, where that is longest; infinite where a codebook has none
+};
+
+// No codeword longer than this comes near being the nearest to a residual of at most `length`: one beyond 4 |xi| + 2
+// |m|, with m the shortest of its codebook, scores below -|e|^2 / 4, and m above -|e|^2 / 8. So a codeword gone astray
+// makes no scan unsure. Infinite where a vector may have to take a codeword that is not finite.
+inline double reach(double length, const Lengths& codewords) {
+  const double far = 4 * length + 2 * codewords.shortest;
+  return far < codewords.longest || codewords.shortest > codewords.longest ? far : codewords.longest;
+}
+
+// How far apart two float32 scores must be for float64 distances to have the same order, at layer `layer` (from 0), for
+// residuals no longer than `length`. Every rounding of the scan is relative, by u, to a partial sum of at most
+// |xi||e| + |e|^2 / 2; dim products, the bias, and the subtractions of the layers before are rounded. Those of the
+// distances, in float64, are relative to (|xi| + |e|)^2 and count where codewords are far shorter than the residuals.
 // Infinite where the scan could overflow.
-inline float uncertainty(int64_t dim, int64_t layer, double length, double reach) {
-  constexpr double u = 5.97e-8, smallest_normal = 1.2e-38;
-  const double largest = length * reach + reach * reach / 2;
-  if (!(largest < 1e37)) return __builtin_inff();
+inline float uncertainty(int64_t dim, int64_t layer, double length, const Lengths& codewords) {
+  constexpr double u = 5.97e-8, u64 = 1.12e-16, smallest_normal = 1.2e-38;
+  const double longest = codewords.longest, e = reach(length, codewords);
+  if (!(length * longest + longest * longest / 2 < 1e37 && e <= longest)) return __builtin_inff();
+  const double largest = length * e + e * e / 2, distance = (length + e) * (length + e);
   const double roundings = static_cast<double>(dim + layer + 3);
-  return static_cast<float>(2.2 * roundings * (u * largest + smallest_normal));
+  return static_cast<float>(2.2 * roundings * (u * largest + u64 * distance + smallest_normal));
 }
 
 }  // namespace vpfast

@@ -40,7 +40,7 @@ struct Problem {
   int64_t z_row, z_column;        // strides of z
   const void* rows[kMaxLayers];   // of each layer the codewords (rows, dim) in the working type, dense
   int64_t first_row[kMaxLayers];  // where a layer's rows start in counts and sums
-  double reach[kMaxLayers];       // the longest codeword of a layer
+  Lengths lengths[kMaxLayers];    // of a layer's codewords
   Panels panels;
   Lookups lookups;
   int64_t* indices;  // (vectors, layers)

@@ -53,7 +53,8 @@ def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = 
     for codebook in codebooks:
         children = codebook.to(residual.dtype).unflatten(0, (-1, M))  # (parents, M, D)
         choice = children if len(children) == 1 else children[path]  # (1 or N, M, D)
-        code = nearest((residual[:, None] - choice).detach().square().sum(-1))  # k = argmin |xi^(i-1) - e^i|
+        squares = (residual[:, None] - choice).detach().square()
+        code = nearest(squares.contiguous().sum(-1))  # k = argmin |xi^(i-1) - e^i|; dense, equal rows have equal sums
         row = path * M + code
         codeword = codebook.to(residual.dtype)[row]
         residual = residual - codeword.detach()
