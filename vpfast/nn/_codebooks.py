@@ -32,7 +32,7 @@ class Layout(NamedTuple):
     def rows(self, indices: Tensor) -> Tensor:
         """Local codes (..., k) of the first k layers -> the rows of the table that they stand for, (..., k)."""
         rows: list[Tensor] = []
-        for layer, code in enumerate(indices.unbind(-1)):
+        for layer, code in enumerate(indices.long().unbind(-1)):  # a narrow type of codes does not hold rows
             group = rows[-1] + 1 if self.strict_tree and layer else layer
             rows.append(group * self.codebook_size + code)
         return torch.stack(rows, -1)
