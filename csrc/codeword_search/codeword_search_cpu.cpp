@@ -213,15 +213,13 @@ struct Sums {
   std::vector<double> counts, sums, errors;
 };
 
-// Each chunk of vectors collects in a table of its own, and the tables are added in order. `visit(walk, group, pass)`
-// writes what `outputs` asks for and collects.
-template <class T, class W, class Visit>
-Sums collect_by_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks, const Visit& visit) {
+// Takes all vectors through `visit(walk, group, pass)`, chunk by chunk, each with the table that `table(chunk)` gives.
+// The errors are added up in the order of the chunks.
+template <class T, class W, class TableOf, class Visit>
+std::vector<double> visit_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks, const TableOf& table,
+                                 const Visit& visit) {
   const Problem& p = call.p;
-  const int64_t rows = call.collected_rows(), first = call.first_collected();
-  const int64_t chunk = (groups(p.vectors) + chunks - 1) / chunks;
-  std::vector<W> tables(chunks * rows * p.dim);
-  std::vector<int64_t> counts(chunks * rows);
+  const int64_t all = groups(p.vectors), chunk = (all + chunks - 1) / chunks;
   std::vector<double> errors(chunks * p.layers);
   std::atomic<bool> good{true};
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -229,20 +227,31 @@ Sums collect_by_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks,
     for (int64_t k = begin; k < end; ++k) {
       Pass<W> pass = outputs;
       pass.errors = errors.data() + k * p.layers;
-      pass.table = {tables.data() + k * rows * p.dim, counts.data() + k * rows, first, first + rows};
-      for (int64_t group = k * chunk; group < std::min((k + 1) * chunk, groups(p.vectors)); ++group) {
-        visit(walk, group, pass);
-      }
+      pass.table = table(k);
+      for (int64_t group = k * chunk; group < std::min((k + 1) * chunk, all); ++group) visit(walk, group, pass);
     }
     if (!walk.good()) good = false;
   });
   refuse_bad_index(good);
+  std::vector<double> total(p.layers);
+  for (int64_t k = 0; k < chunks * p.layers; ++k) total[k % p.layers] += errors[k];
+  return total;
+}
 
-  Sums total{std::vector<double>(rows), std::vector<double>(rows * p.dim), std::vector<double>(p.layers)};
+// Each chunk of vectors collects in a table of its own, and the tables are added in order.
+template <class T, class W, class Visit>
+Sums collect_by_chunks(const Call& call, const Pass<W>& outputs, int64_t chunks, const Visit& visit) {
+  const int64_t rows = call.collected_rows(), first = call.first_collected(), dim = call.p.dim;
+  std::vector<W> tables(chunks * rows * dim);
+  std::vector<int64_t> counts(chunks * rows);
+  Sums total{std::vector<double>(rows), std::vector<double>(rows * dim), {}};
+  const auto table = [&](int64_t k) {
+    return Table<W>{tables.data() + k * rows * dim, counts.data() + k * rows, first, first + rows};
+  };
+  total.errors = visit_chunks<T>(call, outputs, chunks, table, visit);
   for (int64_t k = 0; k < chunks; ++k) {
     for (int64_t r = 0; r < rows; ++r) total.counts[r] += counts[k * rows + r];
-    for (int64_t e = 0; e < rows * p.dim; ++e) total.sums[e] += tables[k * rows * p.dim + e];
-    for (int64_t layer = 0; layer < p.layers; ++layer) total.errors[layer] += errors[k * p.layers + layer];
+    for (int64_t e = 0; e < rows * dim; ++e) total.sums[e] += tables[k * rows * dim + e];
   }
   return total;
 }
@@ -253,24 +262,8 @@ template <class T, class W, class Visit>
 Sums collect_by_rows(const Call& call, const Pass<W>& outputs, int64_t chunks, Step step, const Visit& visit) {
   const Problem& p = call.p;
   const int64_t rows = call.collected_rows(), first = call.first_collected();
-  const int64_t chunk = (groups(p.vectors) + chunks - 1) / chunks;
-  std::vector<double> errors(chunks * p.layers);
-  std::atomic<bool> good{true};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Walk<T, W> walk(p, call.isa);
-    for (int64_t k = begin; k < end; ++k) {
-      Pass<W> pass = outputs;
-      pass.errors = errors.data() + k * p.layers;
-      for (int64_t group = k * chunk; group < std::min((k + 1) * chunk, groups(p.vectors)); ++group) {
-        visit(walk, group, pass);
-      }
-    }
-    if (!walk.good()) good = false;
-  });
-  refuse_bad_index(good);
-
-  Sums total{std::vector<double>(rows), std::vector<double>(rows * p.dim), std::vector<double>(p.layers)};
-  for (int64_t k = 0; k < chunks * p.layers; ++k) total.errors[k % p.layers] += errors[k];
+  Sums total{std::vector<double>(rows), std::vector<double>(rows * p.dim), {}};
+  total.errors = visit_chunks<T>(call, outputs, chunks, [](int64_t) { return Table<W>{}; }, visit);
   constexpr int64_t ranges = 16;
   const int64_t range = (rows + ranges - 1) / ranges;
   torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {

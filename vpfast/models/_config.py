@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -12,13 +13,13 @@ C = TypeVar("C", bound="ModelConfig")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """Base of the frozen dataclasses that models are built from. A ``ValueError`` names the field and its value."""
 
     @classmethod
+    @abstractmethod
     def presets(cls: type[C]) -> Mapping[str, C]:
         """The named configurations of this class."""
-        raise NotImplementedError
 
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
