@@ -41,7 +41,7 @@ def test_every_operator_has_its_rooms(op, room):
 
 
 def test_there_are_operators():
-    assert {"codeword_search", "edlstm_gates"} <= set(OPS)
+    assert {"codeword_search", "edlstm_gates", "masked_attention3d"} <= set(OPS)
 
 
 def imported_parts(path):

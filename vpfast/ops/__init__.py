@@ -3,12 +3,16 @@
 from vpfast.ops._backend import backend, current_backend
 from vpfast.ops.codeword_search import CodewordSearchTraining, codeword_search, codeword_search_train
 from vpfast.ops.edlstm_gates import edlstm_gates
+from vpfast.ops.masked_attention3d import Mask3d, masked_attention3d, masked_attention3d_decode
 
 __all__ = [
     "CodewordSearchTraining",
+    "Mask3d",
     "backend",
     "codeword_search",
     "codeword_search_train",
     "current_backend",
     "edlstm_gates",
+    "masked_attention3d",
+    "masked_attention3d_decode",
 ]
