@@ -1,8 +1,17 @@
-"""Drop-in modules: recurrent cells and a vector quantizer, each with its hot path in one fused kernel."""
+"""Drop-in modules: recurrent cells, a vector quantizer, and what a masked network over (t, y, x) is made of."""
 
 from vpfast.nn.convlstm import ConvLSTMCell
 from vpfast.nn.edlstm import EDLSTMCell
 from vpfast.nn.enc_lstm_dec import EncLSTMDecCell
 from vpfast.nn.hierarchical_residual_vq import HierarchicalResidualVQ
+from vpfast.nn.masked_conv3d import MaskedConv3d
+from vpfast.nn.positions import sinusoidal_positions
 
-__all__ = ["ConvLSTMCell", "EDLSTMCell", "EncLSTMDecCell", "HierarchicalResidualVQ"]
+__all__ = [
+    "ConvLSTMCell",
+    "EDLSTMCell",
+    "EncLSTMDecCell",
+    "HierarchicalResidualVQ",
+    "MaskedConv3d",
+    "sinusoidal_positions",
+]

@@ -103,13 +103,29 @@ def check_maps(owner: str, x: Tensor, channels: int, weight: Tensor, multiple: i
         TypeError: not a tensor, not floating point, or of another type than ``weight`` without autocast.
         ValueError: another shape, a size that does not divide, or another device.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{owner} takes maps of shape (B, {channels}, H, W), got {type(x).__name__}")
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"{owner} takes maps of shape (B, {channels}, H, W), got {tuple(x.shape)}")
+    _check_layout(owner, x, f"(B, {channels}, H, W)", channels, weight)
     for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
         if size < 1 or size % multiple != 0:
             raise ValueError(f"{owner} takes maps whose {name} is a positive multiple of {multiple}, got {size}")
+
+
+def check_volumes(owner: str, x: Tensor, channels: int, weight: Tensor) -> None:
+    """Raise unless ``x`` is (B, channels, T, H, W), T, H and W of at least 1, and goes with ``weight``.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or of another type than ``weight`` without autocast.
+        ValueError: another shape, an empty grid, or another device.
+    """
+    _check_layout(owner, x, f"(B, {channels}, T, H, W)", channels, weight)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{owner} takes maps of at least one frame, row and column, got {tuple(x.shape)}")
+
+
+def _check_layout(owner: str, x: Tensor, layout: str, channels: int, weight: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner} takes maps of shape {layout}, got {type(x).__name__}")
+    if x.dim() != layout.count(",") + 1 or x.shape[1] != channels:
+        raise ValueError(f"{owner} takes maps of shape {layout}, got {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"{owner}: the input is on {x.device} and the weights on {weight.device}; move one of them")
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast_converts(x, weight)):

@@ -14,6 +14,13 @@ Reduction = Literal["mean", "sum"]
 Residual = Literal["detached", "attached"]
 DeadCodes = Literal["restart", "ignore"]
 Scaling = Literal["half", "unit"]
+Conditioning = Literal["raster", "eq6", "past_frames"]
+CodeOrder = Literal["depth", "independent", "layers"]
+Attention = Literal["full", "axial", "window", "none"]
+LossFrames = Literal["future", "all"]
+JointTrains = Literal["prior_and_decoder", "decoder"]
+JointRelaxation = Literal["softmax", "gumbel"]
+JointInputs = Literal["teacher", "free"]
 
 MAX_LAYERS = 16
 MAX_CODEWORDS = 2**24
@@ -22,7 +29,7 @@ MAX_CODEWORDS = 2**24
 
 @dataclass(frozen=True)
 class SHRVQVAEConfig(ModelConfig):
-    """What an HR-VQVAE is built from. The defaults are the preset ``kth-3x8``.
+    """What an HR-VQVAE, and the ST-PixelCNN that predicts its codes, are built from. The defaults are ``kth-3x8``.
 
     Attributes:
         in_channels: channels of a frame, 3 (RGB) or 1 (grey).
@@ -48,6 +55,27 @@ class SHRVQVAEConfig(ModelConfig):
             from residuals below their own parent; ``"ignore"``: random start, no restart.
         dead_code_threshold: a codeword is dead when it is chosen fewer times than this a batch, on average.
         scaling: the network sees frames as x - 0.5 (``"half"``) or 2x - 1 (``"unit"``), and Eq. 4 compares them there.
+        prior_channels: width of the prior's maps.
+        prior_blocks: its gated masked convolutions.
+        prior_attention_every: an attention block follows each of this many of them.
+        prior_heads, prior_head_dim: attention heads, and channels of one.
+        prior_ffn: inner width of the two linear layers after an attention.
+        prior_head: inner width of the two linear layers before the logits, which all depths share.
+        conditioning: which codes of other positions p(code at frame t, raster position j) sees (Eq. 6): ``"raster"``:
+            all of past frames, and those before j in frame t; ``"eq6"``: those before j in past frames; nothing of
+            frame t; ``"past_frames"``: all of past frames, nothing of frame t.
+        code_order: the n codes of one position come ``"depth"`` by depth, each seeing those of the layers before;
+            ``"independent"`` of each other; or layer after layer for the whole frame (``"layers"``).
+        attention: over every visible position (``"full"``); along time, columns and rows, head by head (``"axial"``);
+            over positions no further away than ``attention_window``; or ``"none"``.
+        attention_window: radii (t, y, x) of ``attention="window"``; None: no limit along that axis.
+        prior_loss_frames: Eq. 7 on the ``"future"`` frames alone or on ``"all"``.
+        prior_loss_layers: Eq. 7 is the ``"mean"`` or the ``"sum"`` over layers.
+        joint_trains: what Eq. 9 trains.
+        joint_relaxation: what gradients pass to the prior through: the straight-through ``"softmax"`` of its logits, or
+            a straight-through ``"gumbel"`` sample.
+        joint_inputs: in Eq. 9 the prior sees the true codes (``"teacher"``) or those it chose itself (``"free"``).
+        joint_weight: lambda of Eq. 9.
 
     Raises:
         ValueError: a field that cannot be; the message names it and its value.
@@ -71,9 +99,26 @@ class SHRVQVAEConfig(ModelConfig):
     dead_codes: DeadCodes = "restart"
     dead_code_threshold: float = 1.0
     scaling: Scaling = "half"
+    prior_channels: int = 64
+    prior_blocks: int = 6
+    prior_attention_every: int = 2
+    prior_heads: int = 4
+    prior_head_dim: int = 16
+    prior_ffn: int = 256
+    prior_head: int = 160
+    conditioning: Conditioning = "raster"
+    code_order: CodeOrder = "depth"
+    attention: Attention = "full"
+    attention_window: tuple[int | None, int | None, int | None] = (2, 3, 3)
+    prior_loss_frames: LossFrames = "future"
+    prior_loss_layers: Reduction = "mean"
+    joint_trains: JointTrains = "prior_and_decoder"
+    joint_relaxation: JointRelaxation = "softmax"
+    joint_inputs: JointInputs = "teacher"
+    joint_weight: float = 0.11
 
     def __post_init__(self) -> None:
-        for name in ("channels", "commitment_weight"):
+        for name in ("channels", "commitment_weight", "attention_window"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.channels, tuple) or not self.channels or not all(map(is_count, self.channels)):
@@ -90,9 +135,17 @@ class SHRVQVAEConfig(ModelConfig):
         self._check_flags("strict_tree", "combined_loss")
         self._check_choices(_CHOICES)
         self._check_weights()
+        self._check_prior()
+
+    def _check_prior(self) -> None:
+        self._check_counts("prior_channels", "prior_blocks", "prior_attention_every", "prior_heads", "prior_head_dim")
+        self._check_counts("prior_ffn", "prior_head")
+        window = self.attention_window
+        if not isinstance(window, tuple) or len(window) != 3 or not all(r is None or is_count(r, 0) for r in window):
+            self._refuse("attention_window", "must be three radii (t, y, x), each an integer of at least 0 or None")
 
     def _check_weights(self) -> None:
-        for name in ("combined_commitment_weight", "dead_code_threshold"):
+        for name in ("combined_commitment_weight", "dead_code_threshold", "joint_weight"):
             if not is_weight(getattr(self, name)):
                 self._refuse(name, "must be a finite number of at least 0")
         if not is_weight(self.ema_decay) or self.ema_decay >= 1:
@@ -126,6 +179,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "residual": get_args(Residual),
     "dead_codes": get_args(DeadCodes),
     "scaling": get_args(Scaling),
+    "conditioning": get_args(Conditioning),
+    "code_order": get_args(CodeOrder),
+    "attention": get_args(Attention),
+    "prior_loss_frames": get_args(LossFrames),
+    "prior_loss_layers": get_args(Reduction),
+    "joint_trains": get_args(JointTrains),
+    "joint_relaxation": get_args(JointRelaxation),
+    "joint_inputs": get_args(JointInputs),
 }
 
 _KTH = SHRVQVAEConfig()
