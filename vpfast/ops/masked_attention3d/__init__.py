@@ -1,7 +1,8 @@
 """Attention over a clip's positions under a causal mask of rules on (t, y, x): see README.md beside this file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +61,11 @@ def masked_attention3d(
         if tensor.shape != q.shape:
             raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     scale = _checked_scale(op, scale, q)
+    result: tuple[Tensor, Tensor]
     if _is_plain(q, k, v):
-        q, k, v = _as_called(q, k, v)
-        return reference.masked_attention3d(q, k, v, grid, mask, scale)[0]
-    result: tuple[Tensor, Tensor] = torch.ops.vpfast.masked_attention3d(
-        q, k, v, (T, H, W), mask.name, mask.radii, scale
-    )
+        result = _plainly(reference.masked_attention3d, q, k, v, grid, mask, scale)
+    else:
+        result = torch.ops.vpfast.masked_attention3d(q, k, v, (T, H, W), mask.name, mask.radii, scale)
     return result[0]
 
 
@@ -117,12 +117,11 @@ def masked_attention3d_decode(
     scale = _checked_scale(op, scale, q)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise RuntimeError(NO_GRADIENT)
+    result: Tensor
     if _is_plain(q, k, v, positions):
-        q, k, v = _as_called(q, k, v)
-        return reference.masked_attention3d_decode(q, k, v, positions, grid, mask, scale)
-    result: Tensor = torch.ops.vpfast.masked_attention3d_decode(
-        q, k, v, positions, (T, H, W), mask.name, mask.radii, scale
-    )
+        result = _plainly(reference.masked_attention3d_decode, q, k, v, positions, grid, mask, scale)
+    else:
+        result = torch.ops.vpfast.masked_attention3d_decode(q, k, v, positions, (T, H, W), mask.name, mask.radii, scale)
     return result
 
 
@@ -133,8 +132,12 @@ def _is_plain(*tensors: Tensor) -> bool:
     return current_backend() == "reference" or is_transformed(*tensors)
 
 
-def _as_called(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return as_autocast(q, k, v) if autocast_is_on(q) else [q, k, v]
+def _plainly(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
+    """Call the reference as autocast would have it: inputs cast once, and nothing after them."""
+    if not autocast_is_on(q):
+        return attention(q, k, v, *options)
+    with torch.autocast(q.device.type, enabled=False):
+        return attention(*as_autocast(q, k, v), *options)
 
 
 def _check_types(op: str, tensors: dict[str, Tensor]) -> None:

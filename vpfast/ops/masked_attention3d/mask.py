@@ -37,8 +37,8 @@ class Mask3d:
 
     Args:
         name: one of the five above.
-        window: the radii (t, y, x) beyond which a key is hidden too: it is seen only where it is at most so many frames,
-            rows and columns away. Each 0 or more, or None for no limit on that axis.
+        window: the radii (t, y, x) beyond which a key is hidden too: it is seen at most so many frames, rows and
+            columns away. Each 0 or more, or None for no limit on that axis.
 
     Raises:
         ValueError: an unknown name, or a window that is not three radii; the message holds what was given.

@@ -91,7 +91,8 @@ def _serve_reference_on_cpu() -> None:
     served: dict[str, Callable[..., Any]] = {FORWARD: _forward, BACKWARD: _backward, DECODE: _decode}
     for op, answer in served.items():
         if "cpu" not in native_devices(op):
-            LIBRARY.impl(op.removeprefix("vpfast::"), answer, "CPU")
+            exact = torch.autocast("cpu", enabled=False)(answer)  # or its products of matrices were cast down again
+            LIBRARY.impl(op.removeprefix("vpfast::"), exact, "CPU")
 
 
 _serve_reference_on_cpu()
