@@ -64,7 +64,7 @@ def check_count(name: str, count: int, lowest: int = 0) -> int:
 
 def check_values(frames: Tensor) -> None:
     """Raise ValueError for NaN, infinity, or values far outside [0, 1], where values can be read at all."""
-    if not _values_can_be_read(frames) or frames.numel() == 0:
+    if not values_can_be_read(frames) or frames.numel() == 0:
         return
     low, high = torch.stack(torch.aminmax(frames.detach())).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -99,7 +99,8 @@ def check_device(frames: Tensor, beside: Tensor, name: str) -> None:
         raise ValueError(f"frames are on {frames.device} and the {name} on {beside.device}; move one of them")
 
 
-def _values_can_be_read(frames: Tensor) -> bool:
+def values_can_be_read(frames: Tensor) -> bool:
+    """Whether there are values to look at, which neither a trace nor a CUDA graph being captured has."""
     if torch.compiler.is_compiling() or frames.is_meta or isinstance(frames, FakeTensor):
         return False
     return not (frames.is_cuda and torch.cuda.is_current_stream_capturing())

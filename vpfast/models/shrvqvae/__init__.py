@@ -3,5 +3,15 @@
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import PRESETS, SHRVQVAEConfig
 from vpfast.models.shrvqvae.hrvqvae import HRVQVAE, HRVQVAEOutput, hrvqvae_loss
+from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 
-__all__ = ["HRVQVAE", "PRESETS", "Codes", "CodesError", "HRVQVAEOutput", "SHRVQVAEConfig", "hrvqvae_loss"]
+__all__ = [
+    "HRVQVAE",
+    "PRESETS",
+    "Codes",
+    "CodesError",
+    "HRVQVAEOutput",
+    "SHRVQVAEConfig",
+    "STPixelCNN",
+    "hrvqvae_loss",
+]
