@@ -87,6 +87,38 @@ constexpr float kP0 = 0.49999994f, kP1 = -0.16666521f, kP2 = 0.041668389f, kP3 =
 
 VPFAST_INLINE FloatLanes polynomial(FloatLanes s) { return (((kP4 * s + kP3) * s + kP2) * s + kP1) * s + kP0; }
 
+VPFAST_INLINE F32 maximum(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }  // b where one is NaN
+
+// x where a = b, else y.
+VPFAST_INLINE F32 where_equal(F32 a, F32 b, F32 x, F32 y) { return {a.v == b.v ? x.v : y.v}; }
+
+VPFAST_INLINE float total(F32 x) {
+  float sum = 0;
+  for (int k = 0; k < kLanes; ++k) sum += x.v[k];
+  return sum;
+}
+
+// 2^x for x <= 127; exactly 0 below -126. Relative error 1.1e-7: 2^x = 2^n 2^f, |f| <= 1/2, with a minimax fit of 2^f.
+VPFAST_INLINE F32 exp2(F32 x) {
+  constexpr float k1 = 0.6931470f, k2 = 0.24022242f, k3 = 0.05550734f, k4 = 0.009671513f, k5 = 0.0013264718f;
+#if VPFAST_ISA_LEVEL == 2
+  const FloatLanes n = (FloatLanes)_mm512_roundscale_ps((__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float kRound = 12582912.0f;
+  const FloatLanes shifted = x.v + kRound;
+  const FloatLanes n = shifted - kRound;
+#endif
+  const FloatLanes f = x.v - n;
+  const FloatLanes y = ((((k5 * f + k4) * f + k3) * f + k2) * f + k1) * f + 1.0f;
+#if VPFAST_ISA_LEVEL == 2
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {(FloatLanes)_mm512_maskz_scalef_ps(some, (__m512)y, (__m512)n)};
+#else
+  const IntLanes bits = ((IntLanes)shifted + 127) << 23;
+  return {x.v < -126.0f ? FloatLanes{} : y * (FloatLanes)bits};
+#endif
+}
+
 VPFAST_INLINE F32 magnitude(F32 x) { return {(FloatLanes)((IntLanes)x.v & (int32_t)0x7fffffff)}; }
 
 VPFAST_INLINE F32 with_sign_of(F32 x, F32 sign) {
@@ -132,7 +164,12 @@ struct F64 {
 };
 
 VPFAST_INLINE F64 operator+(F64 a, F64 b) { return {a.v + b.v}; }
+VPFAST_INLINE F64 operator-(F64 a, F64 b) { return {a.v - b.v}; }
 VPFAST_INLINE F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
+VPFAST_INLINE F64 maximum(F64 a, F64 b) { return a.v > b.v ? a : b; }
+VPFAST_INLINE F64 where_equal(F64 a, F64 b, F64 x, F64 y) { return a.v == b.v ? x : y; }
+VPFAST_INLINE double total(F64 x) { return x.v; }
+VPFAST_INLINE F64 exp2(F64 x) { return {std::exp2(x.v)}; }
 
 struct ValueAndSlope64 {
   F64 value, slope;

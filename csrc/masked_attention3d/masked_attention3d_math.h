@@ -1,0 +1,91 @@
+// Which keys a query sees, in integers: the rules of Mask3d. Of every mask, with or without a window, this is true:
+// the keys of one line that a query sees are an interval. A line is the longest stretch of raster order for which that
+// holds: the whole sequence, a frame, or a row of one.
+//
+//   rule           keys of frame t' that a query at (t, j) sees, j = y W + x
+//   raster         all where t' < t, the first j + 1 where t' = t
+//   raster_strict  all where t' < t, the first j where t' = t
+//   past_frames    all where t' < t
+//   separable      the first j + 1 where t' <= t
+//   eq6            the first j where t' < t
+//
+// A window of radius r hides what is further than r away along an axis.
+#pragma once
+
+#include <cstdint>
+
+namespace vpfast::masked_attention3d {
+
+enum class Rule { raster, raster_strict, past_frames, separable, eq6 };
+enum class Line { sequence, frame, row };
+
+struct Mask {
+  Rule rule;
+  Line line;
+  int64_t frames, rows, columns;         // T, H, W
+  int64_t radius_t, radius_y, radius_x;  // as large as the grid where there is no window
+  int64_t frame() const { return rows * columns; }
+  int64_t length() const { return frames * frame(); }
+  int64_t line_length() const { return line == Line::sequence ? length() : line == Line::frame ? frame() : columns; }
+};
+
+// A place in the grid, in raster order too.
+struct Place {
+  int64_t index, t, y, x;
+};
+
+inline Place place_of(const Mask& m, int64_t index) {
+  return {index, index / m.frame(), index / m.columns % m.rows, index % m.columns};
+}
+
+// Keys [begin, end) of a line, counted from its start.
+struct Interval {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many keys of frame t, from its first on, the rule shows to query q.
+inline int64_t shown_of_frame(const Mask& m, const Place& q, int64_t t) {
+  const int64_t j = q.index - q.t * m.frame();
+  if (t > q.t) return 0;
+  switch (m.rule) {
+    case Rule::raster:
+      return t < q.t ? m.frame() : j + 1;
+    case Rule::raster_strict:
+      return t < q.t ? m.frame() : j;
+    case Rule::past_frames:
+      return t < q.t ? m.frame() : 0;
+    case Rule::separable:
+      return j + 1;
+    default:
+      return t < q.t ? j : 0;
+  }
+}
+
+// What query q sees of a line: the line is the sequence, frame t, or row y of frame t.
+inline Interval visible(const Mask& m, const Place& q, int64_t t, int64_t y) {
+  if (m.line == Line::sequence) {
+    return {most(0, q.t - m.radius_t) * m.frame(), q.t * m.frame() + shown_of_frame(m, q, q.t)};
+  }
+  if (t > q.t || q.t - t > m.radius_t) return {0, 0};
+  const int64_t shown = shown_of_frame(m, q, t);
+  if (m.line == Line::frame) {
+    return {most(0, q.y - m.radius_y) * m.columns, least(shown, (q.y + m.radius_y + 1) * m.columns)};
+  }
+  if (q.y - y > m.radius_y || y - q.y > m.radius_y) return {0, 0};
+  return {most(0, q.x - m.radius_x), least(shown - y * m.columns, least(m.columns, q.x + m.radius_x + 1))};
+}
+
+// Queries [begin, end) hold all that see any of the keys [first, last] of one line.
+inline Interval seen_by(const Mask& m, int64_t first, int64_t last) {
+  const int64_t t = first / m.frame();
+  const bool own_frame = m.rule != Rule::past_frames && m.rule != Rule::eq6;
+  int64_t begin = own_frame ? first : (t + 1) * m.frame();
+  if (m.rule == Rule::raster_strict) begin = first + 1;
+  return {begin, least(m.length(), (last / m.frame() + m.radius_t + 1) * m.frame())};
+}
+
+}  // namespace vpfast::masked_attention3d
