@@ -189,6 +189,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "joint_inputs": get_args(JointInputs),
 }
 
+PRIOR_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(SHRVQVAEConfig)
+    if field.name.startswith(("prior_", "joint_", "attention")) or field.name in ("conditioning", "code_order")
+)
+"""The fields that an HR-VQVAE alone has no use for."""
+
 _KTH = SHRVQVAEConfig()
 _MNIST = SHRVQVAEConfig(in_channels=1, latent_channels=4, codebook_size=4)
 
