@@ -230,10 +230,16 @@ def hrvqvae_loss(output: HRVQVAEOutput, frames: Tensor) -> Tensor:
         )
     check_device(frames, output.reconstruction, "reconstruction")
     check_values(frames)
-    dtype = torch.promote_types(output.reconstruction.dtype, torch.float32)
-    squares = (output.reconstruction.to(dtype) - frames.to(dtype)).square()
-    error = squares.sum() if output.loss_reduction == "sum" else squares.mean()
-    return error * _GAIN[output.scaling] ** 2 + output.quantization_losses.sum()
+    error = squared_error(output.reconstruction, frames, output.loss_reduction, output.scaling)
+    return error + output.quantization_losses.sum()
+
+
+def squared_error(made: Tensor, frames: Tensor, reduction: Reduction, scaling: Scaling) -> Tensor:
+    """|x - made|^2 of frames on the network's scale, a scalar, in float32 or wider."""
+    dtype = torch.promote_types(made.dtype, torch.float32)
+    squares = (made.to(dtype) - frames.to(dtype)).square()
+    error = squares.sum() if reduction == "sum" else squares.mean()
+    return error * _GAIN[scaling] ** 2
 
 
 _GAIN: dict[Scaling, float] = {"half": 1.0, "unit": 2.0}
