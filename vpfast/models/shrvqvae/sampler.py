@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vpfast.models._config import is_count, is_weight
 from vpfast.models._frames import check_count
+from vpfast.models.shrvqvae.cache import NetworkCache, Places, Window
 from vpfast.models.shrvqvae.random import Choice, clip_keys
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
+from vpfast.nn._common import check_choice
 
 Order = Literal["pipelined", "plain"]
 
@@ -30,8 +33,177 @@ def sample(
     seed: int | Sequence[int] = 0,
     num_futures: int | None = None,
     progress: bool = False,
+    order: Order = "pipelined",
 ) -> Tensor:
-    return sample_naively(prior, codes, horizon, temperature, top_k, seed, num_futures, progress)
+    """The codes of the frames that follow: int64 (B, T, H, W, n) -> (B, horizon, H, W, n).
+
+    A frame's positions come in raster order, all layers of one at a time; with ``code_order="layers"`` once for each
+    layer. Where a code does not depend on others, they are evaluated together: with ``conditioning="past_frames"`` all
+    positions of a frame, with ``"eq6"`` one position in all frames, and all of a frame in one layer with
+    ``code_order="layers"``.
+
+    Args:
+        prior: the network.
+        codes: of T frames, 0 or more.
+        horizon: how many frames to sample, 0 or more.
+        temperature: 0 takes the likeliest code; above it codes are drawn from softmax(logits / temperature).
+        top_k: draw from this many likeliest codes of a layer only; 1 to M.
+        seed: of what is drawn, in [0, 2^32): one for all clips, or one a clip. A clip draws what it draws alone.
+        num_futures: sample as many futures of each clip: the result is (B, num_futures, horizon, H, W, n).
+        progress: show a bar; needs tqdm.
+        order: ``"plain"`` chooses codes one by one all the same, which gives the same codes.
+
+    Memory grows with the length of the clip: the inputs of every convolution, keys and values.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be; the message holds it. ValueError where logits are not finite.
+        ImportError: a bar without tqdm.
+    """
+    horizon = _check(prior, codes, horizon, temperature, top_k, num_futures)
+    check_choice("sample", "order", order, get_args(Order))
+    batch, context, height, width, layers = codes.shape
+    futures = num_futures or 1
+    choice = Choice(float(temperature), top_k, clip_keys(seed, batch, futures).to(codes.device))
+    if batch * horizon == 0:
+        return _split(codes.new_empty(batch * futures, horizon, height, width, layers), num_futures)
+    with _quietly(codes), _bar(progress, horizon * height * width * layers) as update:
+        clip = _Clip(prior, codes, horizon, choice, update)
+        for time in range(context):
+            clip.look_at(time)
+        clip.repeat(futures)
+        clip.sample(range(context, context + horizon), order)
+    return _split(clip.codes[:, context * height * width :].unflatten(1, (horizon, height, width)), num_futures)
+
+
+class _Clip:
+    """The codes of clips as far as they are known, with what the network keeps of them.
+
+    ``codes``: int64 (B, T H W, n). ``seen``: (B, cells, C), the codes as the stem sees them in past frames.
+    ``networks``: one, or one for each layer of codes, where each has a pass of its own.
+    """
+
+    def __init__(
+        self, prior: STPixelCNN, codes: Tensor, horizon: int, choice: Choice, update: Callable[[int], object]
+    ) -> None:
+        batch, context, height, width, layers = codes.shape
+        self.prior, self.choice, self.update = prior, choice, update
+        self.size = (height, width)
+        self.by_layer = prior.config.code_order == "layers"
+        grid = (context + horizon, height, width)
+        stem = Window(prior.stem, grid, prior.carry is not None, codes.device)
+        block = Window(prior.blocks[0].conv, grid, False, codes.device)  # type: ignore[arg-type]
+        self.windows = (stem, block)
+        self.networks = [NetworkCache(prior, self.windows, batch, grid) for _ in range(layers if self.by_layer else 1)]
+        self.seen = self.networks[0].stem.inputs
+        if self.by_layer:
+            self.seen = torch.zeros_like(self.seen)
+        self.codes = codes.new_zeros(batch, (context + horizon) * height * width, layers)
+        self.codes[:, : context * height * width] = codes.flatten(1, 3)
+
+    def repeat(self, futures: int) -> None:
+        """Every clip as often, one after another."""
+        if futures == 1:
+            return
+        self.codes = self.codes.repeat_interleave(futures, 0)
+        for network in self.networks:
+            network.repeat(futures)
+        self.seen = self.seen.repeat_interleave(futures, 0) if self.by_layer else self.networks[0].stem.inputs
+
+    def look_at(self, time: int) -> None:
+        """Bring in a frame whose codes are known."""
+        places = self.frame(time)
+        for layer, network in enumerate(self.networks):
+            self.begin_frame(time, layer)
+            self.show(places, layer)
+            network.evaluate(places)
+        self.remember(places)
+
+    def sample(self, times: range, order: Order) -> None:
+        """Choose the codes of these frames, which follow what is known."""
+        config = self.prior.config
+        if config.conditioning == "eq6" and order == "pipelined" and not self.by_layer:
+            self.sample_across(times)
+            return
+        for time in times:
+            for layer in range(len(self.networks)):
+                self.begin_frame(time, layer)
+                if config.conditioning == "raster" or (config.conditioning == "eq6" and order == "plain"):
+                    self.sample_one_by_one(time, layer)
+                elif order == "plain":
+                    self.sample_within(time, layer)
+                else:
+                    places = self.frame(time)
+                    self.choose(self.networks[layer].evaluate(places), places, layer)
+            if self.by_layer:
+                self.remember(self.frame(time))
+
+    def sample_one_by_one(self, time: int, layer: int) -> None:
+        """The positions of a frame in raster order."""
+        evaluate = self.networks[layer].evaluate
+        for place in self.frame(time).each():
+            self.choose(evaluate(place), place, layer)
+
+    def sample_within(self, time: int, layer: int) -> None:
+        """Likewise where the features of a frame know each other: all of them again for every position."""
+        places = self.frame(time)
+        for cell, place in enumerate(places.each()):
+            self.choose(self.networks[layer].evaluate(places)[:, cell : cell + 1], place, layer)
+
+    def sample_across(self, times: range) -> None:
+        """One position of all frames after another: the codes of a frame show later positions of later frames only."""
+        network, all_times = self.networks[0], torch.tensor(times, device=self.codes.device)
+        network.end_frames()
+        for cell in range(math.prod(self.size)):
+            places = self.places(all_times, torch.full_like(all_times, cell), past=True)
+            self.choose(network.evaluate(places), places, 0)
+
+    def places(self, times: Tensor, cells: Tensor, past: bool = False) -> Places:
+        """Positions ``cells`` (P,) of frames ``times`` (P,); their present taps, or ``past`` ones before those."""
+        stem, block = self.windows
+        shift = times * stem.frame
+        tables = [torch.cat((window.past, window.present), 1) if past else window.present for window in self.windows]
+        taps = [(table[cells] + shift[:, None]).flatten() for table in tables]
+        return Places(times * math.prod(self.size) + cells, times, cells, block.own[cells] + shift, taps[0], taps[1])
+
+    def frame(self, time: int) -> Places:
+        """All positions of a frame."""
+        cells = torch.arange(math.prod(self.size), device=self.codes.device)
+        return self.places(torch.full_like(cells, time), cells)
+
+    def begin_frame(self, time: int, layer: int) -> None:
+        """Bring past frames, and layers of this one that come before ``layer``, into the pass of ``layer``."""
+        added = None
+        if self.prior.layer is not None:
+            added = self.prior.layer.weight[layer]
+            if layer > 0:
+                assert self.prior.context is not None
+                known = self.codes.unflatten(1, (-1, *self.size))[:, time]
+                below = self.prior.embedded(known, range(layer)).movedim(-1, 1)
+                added = added + self.prior.context(below).movedim(1, -1).flatten(1, 2)
+        self.networks[layer].begin_frame(time, self.seen, added)
+
+    def choose(self, features: Tensor, places: Places, layer: int) -> None:
+        """Choose the codes at ``places`` by their features (B, P, C): of all layers, or of the layer of this pass."""
+        codes = self.codes.index_select(1, places.positions)
+        layers = range(layer, layer + 1) if self.by_layer else range(codes.shape[-1])
+        for each in layers:
+            logits = self.prior.logits_of(features, each, codes[..., :each])
+            codes[..., each] = self.choice(logits, places.times, places.cells, each)
+        self.codes.index_copy_(1, places.positions, codes)
+        self.show(places, layer)
+        self.update(len(places.positions) * len(layers))
+
+    def show(self, places: Places, layer: int) -> None:
+        """Show the codes at ``places`` to the positions after them in the pass of ``layer``."""
+        codes = self.codes.index_select(1, places.positions)
+        embedded = self.prior.embedded(codes, range(layer, layer + 1) if self.by_layer else None)
+        self.networks[layer].stem.inputs.index_copy_(1, places.own, embedded)
+
+    def remember(self, places: Places) -> None:
+        """Show the codes of a whole frame to later frames, where these see more than the frame itself."""
+        if self.by_layer:
+            codes = self.codes.index_select(1, places.positions)
+            self.seen.index_copy_(1, places.own, self.prior.embedded(codes))
 
 
 def sample_naively(
