@@ -120,9 +120,14 @@ class MaskedAttention3d(nn.Module):
             (B, n, dim).
 
         Raises:
-            TypeError, ValueError: input, positions or cache that do not fit; the message holds the numbers.
+            TypeError: positions that are no int64 tensor, or input of another type than the weights.
+            ValueError: shapes that do not fit; the message holds them.
+            IndexError: a position outside of the grid.
         """
         batch = cache.keys.shape[0]
+        if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
+            given = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"{_OWNER}: positions must be an int64 tensor, got {given}")
         if x.dim() != 3 or x.shape[0] != batch or x.shape[2] != self.dim or positions.shape != x.shape[1:2]:
             raise ValueError(
                 f"{_OWNER}: extend takes x ({batch}, n, {self.dim}) and positions (n,) beside this cache, got "
