@@ -52,4 +52,4 @@ def test_options_are_refused(refused):
 
 
 def test_operators_are_the_functions_with_a_room():
-    assert doctor.operators() == ["codeword_search", "edlstm_gates"]
+    assert doctor.operators() == ["codeword_search", "edlstm_gates", "masked_attention3d"]

@@ -147,7 +147,11 @@ def test_every_kind_of_model_has_a_recipe():
         recipe_of(torch.nn.Linear(1, 1))
 
 
-SMALL = {"mspn": {"channels": (2, 2), "levels": 1, "hidden_channels": 2}, "hrvqvae": {"channels": (2,)}}
+SMALL = {
+    "mspn": {"channels": (2, 2), "levels": 1, "hidden_channels": 2},
+    "hrvqvae": {"channels": (2,)},
+    "shrvqvae": {"channels": (2,), "prior_channels": 4, "prior_blocks": 1},
+}
 
 
 def test_perplexity_counts_codewords_used_alike():

@@ -12,6 +12,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vpfast.training.config import leaves, unknown_key
 
+Deep = dict[str, dict[str, Any]]
+"""The type of an option that takes keys below keys."""
+
 
 class Options:
     """A jsonargparse parser whose complaints are one-line ValueErrors that name the key and the nearest valid one."""
@@ -20,11 +23,14 @@ class Options:
         self.parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
         self.parser.add_argument("--config", action="config", help="a YAML file, or a name of a packaged one")
         self._free: set[str] = set()
+        self._deep: set[str] = set()
 
     def add(self, name: str, kind: Any, default: Any, text: str) -> None:
-        """One option. A dictionary takes any key below it."""
-        if kind == dict[str, Any]:
+        """One option. A dictionary takes any key below it, one of dictionaries also keys below those."""
+        if kind in (dict[str, Any], Deep):
             self._free.add(name)
+        if kind == Deep:
+            self._deep.add(name)
         self.parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
     def add_flag(self, name: str, text: str) -> None:
@@ -46,14 +52,41 @@ class Options:
         Raises:
             ValueError: an unknown key, a value of the wrong type, a configuration that cannot be read.
         """
-        args = self._named_configs(argv)
+        args, deep = self._without_deep(self._named_configs(argv))
         try:
             values = self.parser.parse_args(args)
         except (ArgumentError, TypeError) as error:
             raise ValueError(_one_line(str(error))) from error
         result: dict[str, Any] = values.as_dict()
         result.pop("config")
+        for key, text in deep:
+            *above, last = key.split(".")
+            place = result
+            for part in above:
+                place = place.setdefault(part, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"--{key}: {part} is {place!r}, which holds no keys")
+            place[last] = _value(text)
         return result
+
+    def _without_deep(self, args: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+        """The arguments without those for a key far below an option, and these as (key, value).
+
+        jsonargparse takes a key one step below a dictionary; two steps below, it forgets what a file gave beside it.
+        """
+        kept: list[str] = []
+        deep: list[tuple[str, str]] = []
+        rest = iter(args)
+        for arg in rest:
+            name, equals, value = arg.partition("=")
+            if name[:2] == "--" and name[2:].partition(".")[0] in self._deep and name.count(".") >= 2:
+                given = value if equals else next(rest, None)
+                if given is None or given[:2] == "--":
+                    raise ValueError(f"{name}: expected one argument")
+                deep.append((name[2:], given))
+            else:
+                kept.append(arg)
+        return kept, deep
 
     def _named_configs(self, argv: Sequence[str]) -> list[str]:
         """The arguments with every ``--config NAME`` replaced by its file; all keys are checked on the way."""
@@ -116,6 +149,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
     return values
+
+
+def _value(text: str) -> Any:
+    """What an option's text means: as YAML has it, but that 3e-4 is a number."""
+    try:
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text}: not readable as YAML: {_one_line(str(error))}") from error
 
 
 def _one_line(message: str) -> str:

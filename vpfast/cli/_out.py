@@ -20,8 +20,8 @@ def check_out_folder(out: Path, force: bool, files: frozenset[str]) -> bool | fr
     return replace
 
 
-def check_out_file(out: Path, force: bool) -> None:
+def check_out_file(out: Path, force: bool, option: str = "out") -> None:
     """Raises FileExistsError where the file ``--out`` cannot be written, or is there and ``--force`` is not."""
     if (reason := file_refusal(out, force)) is not None:
         hint = "; --force replaces it, or choose another file" if out.is_file() and not force else ""
-        raise FileExistsError(f"--out {out} {reason}{hint}")
+        raise FileExistsError(f"--{option} {out} {reason}{hint}")

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vpfast.models import HRVQVAE, SHRVQVAE
 from vpfast.training import TrainConfig
+from vpfast.training.checkpoint import read_weights
 
 
 def positive(text: str) -> int:
@@ -42,6 +44,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a folder of weights, or a checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if it can")
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier run")
+
+
+def read_autoencoder(weights: Path) -> tuple[HRVQVAE, TrainConfig | None]:
+    """The HR-VQVAE in ``weights``, or that of the S-HR-VQVAE there, and how it was trained where that is known.
+
+    Raises:
+        FileNotFoundError, ValueError: no model, a damaged one, or another; the message names the file.
+    """
+    model, trained = read_weights(weights, HRVQVAE, SHRVQVAE)
+    if isinstance(model, SHRVQVAE):
+        return model.autoencoder, trained
+    assert isinstance(model, HRVQVAE)
+    return model, trained
 
 
 def frame_size(asked: list[int] | None, trained: TrainConfig | None) -> tuple[int, int] | None:

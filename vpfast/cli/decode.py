@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file, check_out_folder
-from vpfast.cli._video import add_model_options, positive
+from vpfast.cli._video import add_model_options, positive, read_autoencoder
 from vpfast.models import HRVQVAE, Codes
 from vpfast.models.shrvqvae import CodesError
-from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_file, new_folder
 from vpfast.training.recipes import counted
@@ -45,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         check_out_file(options.out, options.force)
     else:
         replace = check_out_folder(options.out, options.force, FILES)
-    model, _ = read_weights(options.weights, HRVQVAE)
+    model, _ = read_autoencoder(options.weights)
     codes = _read(options.file, options.layers, model)
     model.to(pick_device(options.device))
     if one_file:

@@ -29,7 +29,7 @@ from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, tr
 from vpfast.training.clips import dataset
 from vpfast.training.evaluation import evaluate
 from vpfast.training.files import new_folder, refusal
-from vpfast.training.recipes.mspn import BASELINE, MODEL
+from vpfast.training.recipes import BASELINE, MODEL
 from vpfast.visual import side_by_side, write_gif, write_strip
 
 CONTEXT, HORIZON = 10, 10

@@ -9,11 +9,10 @@ from tqdm import tqdm
 
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file
-from vpfast.cli._video import add_video_options, batches, frame_size, from_zero, positive
+from vpfast.cli._video import add_video_options, batches, frame_size, from_zero, positive, read_autoencoder
 from vpfast.data import VideoError
 from vpfast.data.video import iter_video
 from vpfast.models import HRVQVAE, Codes
-from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_file
 from vpfast.training.recipes import counted
@@ -30,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     """Encode; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
     check_out_file(options.out, options.force)
-    model, trained = read_weights(options.weights, HRVQVAE)
+    model, trained = read_autoencoder(options.weights)
     codes = _encode(model.to(pick_device(options.device)), options, frame_size(options.size, trained))
     data = codes.to_bytes()
     with new_file(options.out, options.force) as draft:

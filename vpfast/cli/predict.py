@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_folder
-from vpfast.cli._video import add_video_options, frame_size, positive
+from vpfast.cli._video import add_video_options, frame_size, from_zero, positive
 from vpfast.data import VideoError, read_video
-from vpfast.models import MSPN
+from vpfast.models import MSPN, SHRVQVAE
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder
-from vpfast.training.recipes import counted
+from vpfast.training.recipes import Sampling, counted, recipe_of
 from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
 
 DESCRIPTION = """Predict the frames that follow `context` real frames of a video. The output folder receives:
@@ -26,7 +26,10 @@ DESCRIPTION = """Predict the frames that follow `context` real frames of a video
   prediction.npy   the predicted frames alone: float32 (horizon, C, H, W) in [0, 1]
   prediction.gif   the real frames, then the prediction; beside what really followed where the video has it
   prediction.mp4   the same
-  strip.png        the frames in rows: what really happened and the difference where known, and the prediction"""
+  strip.png        the frames in rows: what really happened and the difference where known, and the prediction
+
+An S-HR-VQVAE predicts what is likeliest at --temperature 0; above it the future is drawn, and --futures draws several:
+prediction.npy is then (futures, horizon, C, H, W), and the pictures show them beside each other."""
 
 
 # What an output folder holds, and all that --force may take away with it.
@@ -37,24 +40,28 @@ def run(argv: Sequence[str]) -> int:
     """Predict and write; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
     replace = check_out_folder(options.out, options.force, FILES)
-    model, trained = read_weights(options.weights, MSPN)
-    model.eval()
+    model, trained = read_weights(options.weights, MSPN, SHRVQVAE)
+    assert isinstance(model, MSPN | SHRVQVAE)
+    sampling = Sampling(options.temperature, options.top_k, options.futures or 1, options.seed)
+    recipe_of(model).check_sampling(sampling)
     if options.context is None:
         options.context = trained.context if trained else 10
     frames = _read(options, frame_size(options.size, trained), channels=model.config.in_channels)
     context, future = frames[: options.context], frames[options.context :]
     device = pick_device(options.device)
-    predicted = model.to(device).predict(context.unsqueeze(0).to(device), horizon=options.horizon)
-    prediction = predicted[0].float().clamp(0, 1).cpu()
+    futures = _predict(model.to(device), context.unsqueeze(0).to(device), options.horizon, sampling)
     with new_folder(options.out, replace) as folder:
-        _write(folder, context, prediction, future, options.fps)
+        np.save(folder / "prediction.npy", (futures[0] if options.futures is None else futures).numpy())
+        _draw(folder, context, futures, future, options.fps)
     if 0 < future.shape[0] < options.horizon:
         print(
             f"vpfast: {options.video} ends after {future.shape[0]} of the {options.horizon} frames predicted, so what "
             f"really followed is not shown; --horizon {future.shape[0]} shows it",
             file=sys.stderr,
         )
-    print(f"{counted(options.horizon, 'frame')} predicted from {options.context} of {options.video}: {options.out}")
+    many = "" if options.futures is None else f" in {counted(options.futures, 'future')}"
+    predicted = f"{counted(options.horizon, 'frame')} predicted from {options.context} of {options.video}"
+    print(f"{predicted}{many}: {options.out}")
     return 0
 
 
@@ -71,7 +78,28 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--context", type=positive, help="real frames to look at (default: as trained)")
     parser.add_argument("--start", type=int, default=0, help="the first of them; negative counts from the end")
     parser.add_argument("--fps", type=positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="S-HR-VQVAE: 0 takes the likeliest (default: 0)")
+    parser.add_argument("--top-k", type=positive, help="S-HR-VQVAE: draw among so many codewords (default: all)")
+    parser.add_argument("--futures", type=positive, help="S-HR-VQVAE: draw so many futures")
+    parser.add_argument("--seed", type=from_zero, default=0, help="S-HR-VQVAE: of what is drawn (default: 0)")
     return parser.parse_args(argv)
+
+
+def _predict(model: MSPN | SHRVQVAE, context: Tensor, horizon: int, sampling: Sampling) -> Tensor:
+    """(1, T, C, H, W) -> (futures, horizon, C, H, W) on the CPU, float32 in [0, 1]."""
+    if isinstance(model, MSPN):
+        futures = model.predict(context, horizon=horizon)
+    else:
+        futures = model.predict(
+            context,
+            horizon=horizon,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            num_futures=sampling.futures,
+            seed=sampling.seed,
+            progress=sys.stderr.isatty(),
+        )[0]
+    return futures.float().clamp(0, 1).cpu()
 
 
 def _read(options: Any, size: tuple[int, int] | None, channels: int) -> Tensor:
@@ -93,11 +121,11 @@ def _read(options: Any, size: tuple[int, int] | None, channels: int) -> Tensor:
     return frames.float().div(255)
 
 
-def _write(folder: Path, context: Tensor, prediction: Tensor, future: Tensor, fps: int) -> None:
-    np.save(folder / "prediction.npy", prediction.numpy())
-    clips = {"prediction": torch.cat([context, prediction])}
-    if future.shape[0] == prediction.shape[0]:
-        clips = {"truth": torch.cat([context, future]), **clips}
+def _draw(folder: Path, context: Tensor, futures: Tensor, real: Tensor, fps: int) -> None:
+    names = ["prediction"] if len(futures) == 1 else [f"future {number}" for number in range(1, len(futures) + 1)]
+    clips = {name: torch.cat([context, future]) for name, future in zip(names, futures, strict=True)}
+    if real.shape[0] == futures.shape[1]:
+        clips = {"truth": torch.cat([context, real]), **clips}
     film = side_by_side(clips, context=context.shape[0])
     write_gif(folder / "prediction.gif", film, fps)
     write_mp4(folder / "prediction.mp4", film, fps)

@@ -61,16 +61,17 @@ def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def read_weights(folder: Path, kind: type[M]) -> tuple[M, TrainConfig | None]:
+def read_weights(folder: Path, *kinds: type[M]) -> tuple[M, TrainConfig | None]:
     """The model in ``folder``, or in ``weights`` of a run's folder, and how it was trained where that is known.
 
     Raises:
-        FileNotFoundError, ValueError: no model, a damaged one, or not of ``kind``; the message names the file.
+        FileNotFoundError, ValueError: no model, a damaged one, or of none of ``kinds``; the message names the file.
     """
     folder = weights_of(folder)
     model = models.load(folder)
-    if not isinstance(model, kind):
-        raise ValueError(f"{folder} holds a trained {type(model).__name__}, must be a {kind.__name__}")
+    if not isinstance(model, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{folder} holds a trained {type(model).__name__}, must be a {names}")
     path = folder / _TRAINING
     if not path.is_file():
         return model, None
@@ -91,6 +92,11 @@ def found(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
+
+
+def step_of(path: Path) -> int:
+    """After how many steps the checkpoint at ``path`` was saved."""
+    return int(path.name.partition("-")[2])
 
 
 def load(path: Path, model: nn.Module) -> State:

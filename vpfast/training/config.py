@@ -7,9 +7,12 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+Stage = Literal["all", "autoencoder", "prior", "joint"]
 
 
 def option(default: T, text: str) -> T:
@@ -27,16 +30,27 @@ def _require(fine: bool, key: str, given: object, accepted: str) -> None:
         raise ValueError(f"{key}: {given} given, must be {accepted}")
 
 
+_PLAIN = {int: "a whole number", bool: "true or false", str: "a text"}
+
+
 def _check_values(config: Any, prefix: str = "") -> None:
-    """What the types of the fields promise and Python does not hold anyone to: choices and finite numbers."""
+    """What the types of the fields promise and Python does not hold anyone to."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        if value is None and type(None) in kinds:
+            continue
+        kinds.discard(type(None))
         if get_origin(hint) is Literal:
             choices = get_args(hint)
             _require(value in choices, prefix + name, repr(value), " or ".join(map(repr, choices)))
-        elif float in (hint, *get_args(hint)) and value is not None:
+        elif kinds == {float}:
             fine = isinstance(value, int | float) and math.isfinite(value)
             _require(fine, prefix + name, repr(value), "a finite number")
+        elif kinds <= set(_PLAIN):
+            (kind,) = kinds
+            fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            _require(fine, prefix + name, repr(value), _PLAIN[kind])
 
 
 @dataclass(frozen=True)
@@ -125,12 +139,17 @@ class TrainConfig:
     """One training run. Every field is a key of the YAML file and an option of ``vpfast train``.
 
     ``model`` holds ``name`` (default ``mspn``), optionally ``preset``, and any field of the model's configuration,
-    which overrides the preset's.
+    which overrides the preset's. A model that is trained in stages (``shrvqvae``: ``autoencoder``, ``prior``,
+    ``joint``) has each as a run of its own, to which ``stages`` gives its own values of these keys.
     """
 
     out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/")
     init: str | None = option(None, "a folder of weights to start from, in place of random ones")
     model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
+    stage: Stage = option("all", "shrvqvae: the stage to train; all of them one after another, or one alone")
+    stages: dict[str, dict[str, Any]] = option(
+        {}, "shrvqvae: what a stage does otherwise, such as stages.prior.steps or stages.joint.optim.lr"
+    )
     data: DataConfig = option(DataConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
     optim: OptimConfig = option(OptimConfig(), "")

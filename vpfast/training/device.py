@@ -9,11 +9,12 @@ import torch
 from vpfast.ops._backend import BackendError
 from vpfast.ops.codeword_search.register import backends as codeword_search
 from vpfast.ops.edlstm_gates.register import backends as edlstm_gates
+from vpfast.ops.masked_attention3d.register import backends as masked_attention3d
 
 Device = Literal["auto", "cpu"]
 
 # The backends of every operator that a model calls.
-OPERATORS = (edlstm_gates, codeword_search)
+OPERATORS = (edlstm_gates, codeword_search, masked_attention3d)
 
 
 def pick_device(requested: Device = "auto") -> torch.device:

@@ -1,4 +1,4 @@
-"""The training loop: one process or many, on any device that Accelerate knows."""
+"""One run of the training loop: in one process or many, on any device that Accelerate knows."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vpfast.training import checkpoint
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
-from vpfast.training.config import TrainConfig, leaves, to_dict
+from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, write_file
 from vpfast.training.network import build_model, recipe_for, start_from
@@ -39,33 +39,25 @@ class Stopped(Exception):  # noqa: N818 - not a failure
         self.signum = signum
 
 
-def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> Path:
-    """Train as ``config`` says and return the folder of the finished weights.
+def run(config: TrainConfig, resume: bool = False, progress: bool = True, start: Path | None = None) -> Path:
+    """Train in one go as ``config`` says and return the folder of the finished weights.
 
-    The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
-    weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the weights that
-    did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
-    there is none; on the CPU its weights then equal those of a run that was never interrupted, bit for bit, given the
-    same number of threads.
-
-    SIGINT and SIGTERM save a checkpoint and end in :class:`Stopped`.
-
-    Raises:
-        ValueError: the configuration, the data, or the folder does not allow this run; the message names the key.
-        FloatingPointError: the loss is not finite.
-        Stopped: a signal came.
+    ``start``: the weights to start from where ``config.init`` names none. Otherwise, and for errors, see
+    :func:`vpfast.training.train`, which also knows models that are trained in stages.
     """
-    return _Run(config, resume, progress).run()
+    return _Run(config, resume, progress, start).run()
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, resume: bool, progress: bool) -> None:
+    def __init__(self, config: TrainConfig, resume: bool, progress: bool, start: Path | None) -> None:
         self.config, self.out = config, Path(config.out)
         torch.manual_seed(config.seed)
         self.recipe = recipe_for(config)
         model = build_model(config)
-        _check_folder(config, resume)
-        self.accelerator = _accelerator(config)
+        check_folder(Path(config.out), resume)
+        if resume:
+            _check_same_run(config)
+        self.accelerator = accelerator(config)
         self.progress = progress and self.accelerator.is_main_process
         check_apart(config.data)
         self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
@@ -74,12 +66,16 @@ class _Run:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.accelerator.device)
-        optimizer = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+        self.trained = self.recipe.trained(model)
+        parameters = [parameter for part in self.trained for parameter in part.parameters()]
+        _freeze_all_but(parameters, model)
+        optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
         self.step, self.best = 0, math.inf
         if resume:
             self._resume(model, optimizer)
-        if config.init is not None and self.step == 0:
-            start_from(model, config.init)
+        source = start if config.init is None else Path(config.init)
+        if source is not None and self.step == 0:
+            start_from(self.recipe, model, source)
         self.plain = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -133,7 +129,7 @@ class _Run:
         rate = _learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
+        self._train_mode()
         frames = frames.to(self.accelerator.device, non_blocking=True)
         loss = self.recipe.objective(self.model, frames, self.config, self.step)
         self.optimizer.zero_grad()
@@ -152,6 +148,13 @@ class _Run:
         clips = frames.shape[0] * self.accelerator.num_processes
         terms = dict(zip(loss.parts, parts, strict=True))
         return {"step": self.step, "loss": value, **terms, "lr": rate, "clips": clips}
+
+    def _train_mode(self) -> None:
+        """What is trained is in training mode, all else in evaluation mode: nothing in it may move."""
+        self.model.train()
+        self.plain.eval()
+        for part in self.trained:
+            part.train()
 
     def _validate(self, clips: Dataset[Tensor]) -> dict[str, Any]:
         """What the log tells of the validation clips; the weights are kept where they never did better."""
@@ -203,11 +206,18 @@ class _Run:
         return self.out / name
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one."""
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {"fp32": "no"}.get(config.precision, config.precision)
     return Accelerator(mixed_precision=precision, cpu=pick_device(config.device).type == "cpu")
+
+
+def _freeze_all_but(parameters: list[nn.Parameter], model: nn.Module) -> None:
+    trained = set(map(id, parameters))
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
@@ -228,31 +238,32 @@ def _postfix(record: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _check_folder(config: TrainConfig, resume: bool) -> None:
-    out = Path(config.out)
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise ValueError where a run cannot begin in the folder ``out`` or, with ``resume``, go on there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, must be a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out: {out} is not empty; --resume goes on with the run there, or choose another folder")
-    if resume and (out / "config.yaml").is_file():
-        _check_same_run(config, yaml.safe_load((out / "config.yaml").read_text()))
 
 
-def _check_same_run(config: TrainConfig, before: dict[str, Any]) -> None:
-    now = to_dict(config)
+def _check_same_run(config: TrainConfig) -> None:
+    path = Path(config.out) / "config.yaml"
+    if not path.is_file():
+        return
+    now, before = to_dict(config), to_dict(from_dict(TrainConfig, yaml.safe_load(path.read_text())))
     for key, _, _, _ in leaves(TrainConfig):
-        if key not in _FREE and _lookup(now, key) != _lookup(before, key):
+        if key not in _FREE and lookup(now, key) != lookup(before, key):
             raise ValueError(
-                f"{key}: {_lookup(now, key)} given, but the run in {config.out} was started with "
-                f"{_lookup(before, key)}; resume with that, or choose another out"
+                f"{key}: {lookup(now, key)} given, but the run in {config.out} was started with "
+                f"{lookup(before, key)}; resume with that, or choose another out"
             )
 
 
-def _lookup(values: dict[str, Any], key: str) -> Any:
-    found: Any = values
+def lookup(values: Any, key: str) -> Any:
+    """What stands under a dotted key in nested plain values; None where there is nothing."""
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _cut_log(path: Path, step: int) -> None:

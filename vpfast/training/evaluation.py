@@ -1,5 +1,6 @@
 """The errors of a trained model on held-out clips, under the default protocol, side by side with what to hold it to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from tqdm import tqdm
 
 from vpfast.metrics import Report, VideoMetrics
 from vpfast.training.device import Device, pick_device
-from vpfast.training.recipes import perplexity, recipe_of
+from vpfast.training.recipes import BASELINE, Sampling, perplexity, recipe_of
+
+LIKELIEST = Sampling()
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,23 @@ class CodeUse:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of all clips: a report by name, the use of a codebook by the same names, and the name that counts."""
+    """What came of all clips: a report by name, the use of a codebook by the same names, and the name that counts.
+
+    ``scores``: by the same names, of a model that predicts codes: the name of a score -> its mean for every layer.
+    """
 
     reports: dict[str, Report]
     codes: dict[str, CodeUse]
     judged: str
+    scores: dict[str, dict[str, list[float]]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, ready for JSON."""
         results = {name: report.to_dict() for name, report in self.reports.items()}
         for name, use in self.codes.items():
             results[name]["codes"] = vars(use)
+        for name, scores in self.scores.items():
+            results[name]["foretold"] = scores
         return results
 
     def markdown(self, per_frame: bool) -> str:
@@ -48,7 +57,21 @@ class Evaluation:
                 use = self.codes[title]
                 cells += [f"{use.used} of {use.codewords}", f"{use.perplexity:.1f}"]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines += self._foretold()
         return "\n".join([*lines, "", self.reports[self.judged].markdown()] if per_frame else lines)
+
+    def _foretold(self) -> list[str]:
+        """How well each layer of codes is foretold from the real ones before it, where codes are."""
+        layers = max((len(each) for scores in self.scores.values() for each in scores.values()), default=0)
+        lines = []
+        for title, scores in self.scores.items():
+            for name, values in scores.items():
+                cells = [f"{value:.4f}" for value in values] + [""] * (layers - len(values))
+                lines.append(f"| {title}: {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        if not lines:
+            return []
+        heading = " | ".join(f"layer {layer}" for layer in range(1, layers + 1))
+        return ["", f"| real codes, each from those before it | {heading} |", "|---|" + "---:|" * layers, *lines]
 
 
 @torch.no_grad()
@@ -59,6 +82,7 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = False,
     device: Device = "auto",
+    sampling: Sampling = LIKELIEST,
 ) -> Evaluation:
     """What the model makes of ``clips``, (T, C, H, W) in [0, 1], beside what its kind is compared with.
 
@@ -70,14 +94,49 @@ def evaluate(
     recipe = recipe_of(model)
     metrics: dict[str, VideoMetrics] = {}
     counts: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     judged = ""
     hidden = None if progress else True  # None: shown on a terminal alone
     for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=hidden, leave=False):
-        compared = recipe.compare(model, frames.to(chosen), context)
+        compared = recipe.compare(model, frames.to(chosen), context, sampling)
         judged = compared.judged
         for name, made in compared.made.items():
             metrics.setdefault(name, VideoMetrics()).update(made, compared.real)
         for name, chosen_codes in compared.counts.items():
             counts[name] = counts[name] + chosen_codes if name in counts else chosen_codes
+        for name, score in compared.scores.items():
+            found = score.double().sum(dim=0)
+            scores[name] = scores[name] + found if name in scores else found
     codes = {name: CodeUse(len(each), int((each > 0).sum()), perplexity(each)) for name, each in counts.items()}
-    return Evaluation({name: metric.compute() for name, metric in metrics.items()}, codes, judged)
+    means = {name: (each / len(clips)).tolist() for name, each in scores.items()}  # type: ignore[arg-type]
+    reports = {name: metric.compute() for name, metric in metrics.items()}
+    return Evaluation(reports, codes, judged, {judged: means} if means else {})
+
+
+@torch.no_grad()
+def shown(
+    model: nn.Module, clip: Tensor, context: int, device: Device = "auto", sampling: Sampling = LIKELIEST
+) -> Tensor:
+    """What is judged of one clip (T, C, H, W): the frames predicted, or made again; on the CPU, in [0, 1]."""
+    chosen = pick_device(device)
+    model = model.to(chosen).eval()
+    compared = recipe_of(model).compare(model, clip.unsqueeze(0).to(chosen), context, sampling)
+    return compared.made[compared.judged][0].float().clamp(0, 1).cpu()
+
+
+def together(evaluations: Mapping[str, Evaluation]) -> Evaluation:
+    """Several models on the same clips side by side: what is judged of each under its name, the rest after it.
+
+    What has the same name and numbers in all of them, the simplest prediction there is, stands once, at the end.
+    """
+    first = next(iter(evaluations))
+    reports: dict[str, Report] = {}
+    codes: dict[str, CodeUse] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    for title, each in evaluations.items():
+        names = {name: f"{title}, {name}" for name in each.reports if name != BASELINE} | {each.judged: title}
+        reports |= {names[name]: each.reports[name] for name in names}
+        codes |= {names[name]: use for name, use in each.codes.items()}
+        scores |= {names[name]: found for name, found in each.scores.items()}
+    reports |= {name: report for name, report in evaluations[first].reports.items() if name == BASELINE}
+    return Evaluation(reports, codes, first, scores)

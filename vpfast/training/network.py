@@ -26,9 +26,9 @@ def recipe_for(config: TrainConfig) -> Recipe:
     """How the model of this run is built, trained and measured.
 
     Raises:
-        ValueError: no model of that name, or settings that it has no use for; names the key.
+        ValueError: no model or stage of that name, or settings that it has no use for; names the key.
     """
-    recipe = recipe_named(config.model.get("name", "mspn"))
+    recipe = recipe_named(config.model.get("name", "mspn"), config.stage)
     recipe.check(config)
     return recipe
 
@@ -67,13 +67,11 @@ def check_fit(config: FrameSizes, data: DataConfig) -> None:
             raise ValueError(f"data.size: {side} given, must be a multiple of {config.multiple} for this model")
 
 
-def start_from(model: nn.Module, folder: str) -> None:
+def start_from(recipe: Recipe, model: nn.Module, folder: Path) -> None:
     """Put the weights in ``folder`` into ``model``.
 
     Raises:
-        FileNotFoundError, ValueError: no model there, or another one than ``model``; the message names the folder.
+        FileNotFoundError, ValueError: no model there, or one that ``model`` cannot start from; names the folder.
     """
-    other = models.load(weights_of(Path(folder)))
-    if type(other) is not type(model) or other.config != model.config:
-        raise ValueError(f"init: the weights in {folder} are of {other.config}, this run's model is {model.config}")
-    model.load_state_dict(other.state_dict())
+    if (reason := recipe.take_over(model, models.load(weights_of(folder)))) is not None:
+        raise ValueError(f"init: the weights in {folder} are {reason}")

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from vpfast.metrics.video_metrics import EXACT_PSNR
 from vpfast.training.config import TrainConfig
-from vpfast.training.recipes import Recipe, perplexity
+from vpfast.training.recipes import Recipe, Sampling, perplexity
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def validate(
     """What the log tells of the validation clips, frames clipped to [0, 1]; the same in every process.
 
     ``val_mse``: mean squared error of what the run is judged by. ``val_psnr``: by name, the mean over frames of each
-    frame's PSNR. ``val_perplexity``: by name, where codewords are counted.
+    frame's PSNR. ``val_perplexity``: by name, where codewords are counted. ``val_`` and the name of a score: its mean
+    for every layer of codes, where codes are predicted.
     """
     model.eval()
     mine = range(accelerator.process_index, len(clips), accelerator.num_processes)  # type: ignore[arg-type]
@@ -27,18 +28,19 @@ def validate(
     chunks = [list(mine[at : at + config.batch_size]) for at in range(0, len(mine), config.batch_size)]
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     judged = ""
     for chunk in chunks or [[0]]:
         frames = torch.stack([clips[index] for index in chunk]).to(accelerator.device)
         with accelerator.autocast():
-            compared = recipe.compare(model, frames, config.context)
+            compared = recipe.compare(model, frames, config.context, Sampling())
         judged = compared.judged
         for name, made in compared.made.items():
-            found = _sums(made, compared.real) * bool(chunks)
-            sums[name] = sums[name] + found if name in sums else found
+            _add(sums, name, _sums(made, compared.real) * bool(chunks))
         for name, chosen in compared.counts.items():
-            found = chosen * bool(chunks)
-            counts[name] = counts[name] + found if name in counts else found
+            _add(counts, name, chosen * bool(chunks))
+        for name, score in compared.scores.items():
+            _add(scores, name, score.double().sum(dim=0) * bool(chunks))
     means = {name: _means(accelerator.reduce(each, "sum")) for name, each in sums.items()}
     record: dict[str, Any] = {
         "val_mse": means[judged][0],
@@ -47,7 +49,14 @@ def validate(
     if counts:
         totals = {name: accelerator.reduce(each, "sum") for name, each in counts.items()}
         record["val_perplexity"] = {name: round(perplexity(each), 4) for name, each in totals.items()}
+    for name, each in scores.items():
+        mean = accelerator.reduce(each, "sum") / len(clips)  # type: ignore[arg-type]
+        record[f"val_{name}"] = {f"layer {number}": round(score, 5) for number, score in enumerate(mean.tolist(), 1)}
     return record
+
+
+def _add(sums: dict[str, Tensor], name: str, found: Tensor) -> None:
+    sums[name] = sums[name] + found if name in sums else found
 
 
 def _sums(made: Tensor, real: Tensor) -> Tensor:

@@ -42,15 +42,11 @@ def write_depths(
     """
     pixels, _ = check_rows({"frames": frames, **made}, 0)
     for name, clip in made.items():
-        if clip.shape != frames.shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(clip.shape)}, must have that of frames, {tuple(frames.shape)}"
-            )
+        _check_shape(name, clip, frames)
     steps = _spread(len(frames), max_rows)
     columns = [_frames_column(pixels["frames"], steps)]
     for name, clip in made.items():
-        errors = _psnr(clip[steps], frames[steps])
-        cells = [Cell(pixels[name][step], f"{dB:.1f} dB") for step, dB in zip(steps, errors, strict=True)]
+        cells = _compared(pixels[name], clip, frames, steps)
         columns.append(Column(name, (notes or {}).get(name, ""), cells))
     write_grid(path, columns, _row_names(steps), None, dpi)
 
@@ -133,6 +129,54 @@ def write_heat_maps(
         cells = [Cell(_laid_over(colours, heat[at], pixels[step])) for at, step in enumerate(steps)]
         columns.append(Column(f"layer {layer + 1}", f"up to {most:.2g}", cells))
     write_grid(path, columns, _row_names(steps), Bar(colours, "nothing", "most of the layer"), dpi)
+
+
+def write_repairs(
+    path: str | os.PathLike[str],
+    frames: Tensor,
+    runs: Mapping[str, Mapping[str, Tensor]],
+    max_rows: int = 2,
+    dpi: int = 150,
+) -> None:
+    """Write a PNG of frames and, beside each, how it was made worse and what came of that (paper, Fig. 6).
+
+    Args:
+        frames: (T, C, H, W), float in [0, 1] or uint8, RGB or grey: the frames as they were. Below each other picture
+            stands its PSNR to these in dB, both clipped to [0, 1].
+        runs: name -> column -> clip of the same shape; the same columns in every run, the worsened clip first. The runs
+            lie below each other.
+        max_rows: at most so many frames are shown of a run, evenly spread over the clip.
+        dpi: as in :func:`write_depths`.
+
+    Raises:
+        TypeError, ValueError: clips that cannot be shown together; names the clip.
+        ImportError: without matplotlib; says what to install.
+    """
+    if not runs or len({tuple(clips) for clips in runs.values()}) > 1:
+        raise ValueError(
+            f"runs must be at least one, all of the same columns, got {[list(each) for each in runs.values()]}"
+        )
+    steps = _spread(len(frames), max_rows)
+    real = _frames_column(to_pixels(frames), steps).cells
+    columns = [Column("frame", "", [*real] * len(runs))]
+    for name in next(iter(runs.values())):
+        cells: list[Cell] = []
+        for run, clips in runs.items():
+            _check_shape(f"{name} of {run}", clips[name], frames)
+            cells += _compared(to_pixels(clips[name], name), clips[name], frames, steps)
+        columns.append(Column(name, "", cells))
+    write_grid(path, columns, [f"{run}: {row}" for run in runs for row in _row_names(steps)], None, dpi)
+
+
+def _check_shape(name: str, clip: Tensor, frames: Tensor) -> None:
+    if clip.shape != frames.shape:
+        raise ValueError(f"{name} has the shape {tuple(clip.shape)}, must have that of frames, {tuple(frames.shape)}")
+
+
+def _compared(pixels: Pixels, clip: Tensor, frames: Tensor, steps: list[int]) -> list[Cell]:
+    """The frames at ``steps``, with their PSNR below."""
+    errors = _psnr(clip[steps], frames[steps])
+    return [Cell(pixels[step], f"{dB:.1f} dB") for step, dB in zip(steps, errors, strict=True)]
 
 
 def _frames_column(pixels: Pixels, steps: list[int]) -> Column:

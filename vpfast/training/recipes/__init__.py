@@ -2,22 +2,25 @@
 
 from torch import nn
 
-from vpfast.training.recipes import hrvqvae, mspn
-from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, counted, perplexity
+from vpfast.training.recipes import hrvqvae, joint, mspn, prior
+from vpfast.training.recipes.recipe import BASELINE, MODEL, Comparison, Loss, Recipe, Sampling, counted, perplexity
 
-RECIPES = {"mspn": mspn.RECIPE, "hrvqvae": hrvqvae.RECIPE}
+RECIPES = {"mspn": mspn.RECIPE, "hrvqvae": hrvqvae.RECIPE, "shrvqvae": prior.RECIPE}
 """By ``model.name``."""
 
+STAGES = {"shrvqvae": {"autoencoder": hrvqvae.RECIPE, "prior": prior.RECIPE, "joint": joint.RECIPE}}
+"""By ``model.name`` and ``stage``, in the order of training: the models that are not trained in one go."""
 
-def recipe_named(name: object) -> Recipe:
-    """The recipe of the model that a configuration calls ``name``.
+
+def recipe_named(name: object, stage: str = "all") -> Recipe:
+    """The recipe of the model that a configuration calls ``name``, and of a stage of its training.
 
     Raises:
         ValueError: there is none; names the key.
     """
     if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"model.name: {name!r} given, must be {' or '.join(map(repr, RECIPES))}")
-    return RECIPES[name]
+    return RECIPES[name] if stage == "all" else STAGES[name][stage]
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -32,4 +35,17 @@ def recipe_of(model: nn.Module) -> Recipe:
     raise TypeError(f"there is no recipe for a {type(model).__name__}")
 
 
-__all__ = ["RECIPES", "Comparison", "Loss", "Recipe", "counted", "perplexity", "recipe_named", "recipe_of"]
+__all__ = [
+    "BASELINE",
+    "MODEL",
+    "RECIPES",
+    "STAGES",
+    "Comparison",
+    "Loss",
+    "Recipe",
+    "Sampling",
+    "counted",
+    "perplexity",
+    "recipe_named",
+    "recipe_of",
+]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vpfast.models import HRVQVAE, Codes, SHRVQVAEConfig
 from vpfast.models.shrvqvae import hrvqvae_loss
 from vpfast.training.config import TrainConfig
-from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, counted
+from vpfast.training.recipes.recipe import Comparison, Loss, Recipe, Sampling, counted
 
 
 def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Loss:
@@ -17,7 +17,7 @@ def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) 
     return Loss(loss, {"reconstruction": loss.detach() - quantization, "quantization": quantization})
 
 
-def compare(model: HRVQVAE, frames: Tensor, context: int) -> Comparison:
+def compare(model: HRVQVAE, frames: Tensor, context: int, sampling: Sampling) -> Comparison:
     """Reconstructions by depth, and how often each codeword of the deepest layer in use was chosen."""
     codes = model.encode(frames)
     names = [counted(depth, "layer") for depth in range(1, codes.layers + 1)]

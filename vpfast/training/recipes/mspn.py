@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from vpfast.models import MSPN, MSPNConfig
 from vpfast.models.mspn import pixel_loss
 from vpfast.training.config import TrainConfig
-from vpfast.training.recipes.recipe import Comparison, Loss, Recipe
-
-MODEL, BASELINE = "prediction", "repeat last frame"
+from vpfast.training.recipes.recipe import BASELINE, MODEL, Comparison, Loss, Recipe, Sampling
 
 
 def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Loss:
@@ -33,11 +31,13 @@ def frames_fed_back(config: TrainConfig, step: int) -> int:
     return config.horizon
 
 
-def compare(model: MSPN, frames: Tensor, context: int) -> Comparison:
+def compare(model: MSPN, frames: Tensor, context: int, sampling: Sampling) -> Comparison:
     """The predicted future, and the simplest prediction there is."""
     seen, future = frames[:, :context], frames[:, context:]
     prediction = model.predict(seen, horizon=future.shape[1])
     return Comparison(future, {MODEL: prediction, BASELINE: seen[:, -1:].expand_as(future)}, MODEL, {})
 
 
-RECIPE = Recipe(MSPN, MSPNConfig, "released-default", predicts=True, objective=objective, compare=compare)
+RECIPE = Recipe(
+    MSPN, MSPNConfig, "released-default", predicts=True, objective=objective, compare=compare, pixel_loss=True
+)

@@ -1,0 +1,175 @@
+"""Training, as the command line calls it: a run, or for a model that is trained in stages one run after another."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vpfast.training import checkpoint, engine
+from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict, unknown_key
+from vpfast.training.files import new_folder, write_file
+from vpfast.training.network import build_model
+from vpfast.training.recipes import STAGES, recipe_named
+
+# What a stage cannot have of its own: what is trained, and where it lies.
+_SHARED = ("out", "init", "model", "stage", "stages")
+
+
+def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> Path:
+    """Train as ``config`` says and return the folder of the finished weights.
+
+    The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
+    weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the weights that
+    did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
+    there is none; on the CPU its weights then equal those of a run that was never interrupted, bit for bit, given the
+    same number of threads.
+
+    A model that is trained in stages has such a folder for each of them inside ``config.out``, named after the stage. A
+    stage starts from the weights of the one before it, the first that is trained from ``config.init`` where that is
+    given. ``config.out/weights`` is that of the stage trained last; ``resume`` goes on in the one that is not finished.
+
+    SIGINT and SIGTERM save a checkpoint and end in :class:`~vpfast.training.Stopped`.
+
+    Raises:
+        ValueError: the configuration, the data, or the folder does not allow this run; the message names the key.
+        FloatingPointError: the loss is not finite.
+        Stopped: a signal came.
+    """
+    runs = runs_of(config)
+    if not runs:
+        return engine.run(config, resume, progress)
+    out = Path(config.out)
+    engine.check_folder(out, resume or config.stage != "all")
+    for each in runs.values():
+        engine.check_folder(Path(each.out), resume)
+    _check_unchanged(runs, out)
+    start = _start(config)
+    main = engine.accelerator(config).is_main_process
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    for stage, each in runs.items():
+        if main and progress:
+            print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
+        start = engine.run(each, resume, progress, start)
+    assert start is not None
+    if main:
+        with new_folder(out / "weights", replace=True) as folder:
+            shutil.copytree(start, folder, dirs_exist_ok=True)
+    return out / "weights"
+
+
+def runs_of(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The runs that ``config`` asks for, by stage, in their order; none where the model is trained in one go.
+
+    Raises:
+        ValueError: no such model or stage, or values of a stage that cannot be; names the key.
+    """
+    name = config.model.get("name", "mspn")
+    recipe_named(name)
+    if name not in STAGES:
+        for key, default in (("stage", "all"), ("stages", {})):
+            if (given := getattr(config, key)) != default:
+                raise ValueError(f"{key}: {given!r} given, must be left out: a {name} is trained in one go")
+        return {}
+    _check_keys(config.stages, list(STAGES[name]))
+    _check_heard(config, list(STAGES[name]))
+    wanted = STAGES[name] if config.stage == "all" else [config.stage]
+    return {stage: _run_of(config, stage) for stage in wanted}
+
+
+def _run_of(config: TrainConfig, stage: str) -> TrainConfig:
+    """The run of one stage. That of the autoencoder is one of an HR-VQVAE like any other."""
+    own = config.stages.get(stage, {})
+    values = {**to_dict(config), "out": str(Path(config.out) / stage), "init": None, "stage": stage, "stages": {}}
+    if stage == "autoencoder":
+        values |= {"model": {**config.model, "name": "hrvqvae"}, "stage": "all", "horizon": 0}
+    try:
+        made = from_dict(TrainConfig, _overlaid(values, own))
+        build_model(made)
+    except ValueError as error:
+        key = str(error).partition(":")[0]
+        raise ValueError(f"stages.{stage}.{error}" if engine.lookup(own, key) is not None else str(error)) from error
+    return made
+
+
+def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with ``changes``, section by section."""
+    merged = dict(values)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _overlaid(merged[key], value) if nested else value
+    return merged
+
+
+def _check_keys(given: Mapping[str, Any], stages: list[str]) -> None:
+    """Raise ValueError for a stage that there is not, or a key that a stage cannot have of its own."""
+    known = [key for key, _, _, _ in leaves(TrainConfig) if key not in _SHARED]
+    for stage, own in given.items():
+        if stage not in stages:
+            raise ValueError(unknown_key(f"stages.{stage}", [f"stages.{each}" for each in stages]))
+        if not isinstance(own, Mapping):
+            raise ValueError(f"stages.{stage}: {own!r} given, must hold keys of its own")
+        for key in _leaves_of(own):
+            if key in _SHARED or key.startswith("model."):
+                raise ValueError(f"stages.{stage}.{key}: must be left out, for all stages share it")
+            if key not in known:
+                raise ValueError(unknown_key(f"stages.{stage}.{key}", [f"stages.{stage}.{each}" for each in known]))
+
+
+def _leaves_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _check_heard(config: TrainConfig, stages: list[str]) -> None:
+    """Raise ValueError for a value that would change nothing, because every stage has its own."""
+    given = to_dict(config)
+    for key, _, default, _ in leaves(TrainConfig):
+        owned = [stage for stage in stages if engine.lookup(config.stages.get(stage), key) is not None]
+        value = engine.lookup(given, key)
+        if len(owned) == len(stages) and value != (list(default) if isinstance(default, tuple) else default):
+            raise ValueError(
+                f"{key}: {value!r} given, but every stage has its own; change "
+                + ", ".join(f"stages.{s}.{key}" for s in owned)
+            )
+
+
+def _start(config: TrainConfig) -> Path | None:
+    """The weights that the first stage to be trained starts from; None for random ones.
+
+    Raises:
+        ValueError: the stage before it is not trained.
+    """
+    if config.init is not None:
+        return Path(config.init)
+    stages = list(STAGES[config.model["name"]])
+    place = 0 if config.stage == "all" else stages.index(config.stage)
+    if place == 0:
+        return None
+    before = Path(config.out) / stages[place - 1]
+    if not (before / "weights").is_dir():
+        raise ValueError(
+            f"stage: {config.stage!r} given, but {before} holds no weights to start from; train stage "
+            f"{stages[place - 1]!r} there first, or give a folder of weights as init"
+        )
+    return before
+
+
+def _check_unchanged(runs: Mapping[str, TrainConfig], out: Path) -> None:
+    """Raise ValueError where a stage would go on although another one has started from its weights."""
+    stages = list(STAGES["shrvqvae"])
+    for stage, config in runs.items():
+        saved = checkpoint.found(out / stage / "checkpoints")
+        after = [each for each in stages[stages.index(stage) + 1 :] if (out / each).exists()]
+        if saved and after and checkpoint.step_of(saved[-1]) < config.steps:
+            raise ValueError(
+                f"stages.{stage}.steps: {config.steps} given, but stage {after[0]!r} in {out} started after "
+                f"{checkpoint.step_of(saved[-1])}; resume with that, or choose another out"
+            )
