@@ -47,8 +47,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was compiled with.");
   m.def("cpu_features", &cpu_features, "Processor features that the choice of kernels depends on.");
   m.def(
-      "isa", [] { return vpfast::kIsaNames[static_cast<int>(vpfast::active_isa())]; },
-      "The instruction set in use: 'plain', 'avx2' or 'avx512'.");
+      "isa", [] { return vpfast::active_isa_name(); },
+      "The instruction set in use: 'plain', 'avx2', 'avx512', or 'amx', which is avx512 with matrix tiles.");
   m.def("select_isa", &vpfast::select_isa, py::arg("name"), "Use another one ('auto' for the best); meant for tests.");
   m.def("cuda_probe", &cuda_probe, "Run one small kernel on the current GPU: 'ok', or the reason it failed.");
 }

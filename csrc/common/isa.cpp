@@ -3,6 +3,12 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(VPFAST_HAS_X86_ISAS) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vpfast {
 namespace {
 
@@ -40,6 +46,25 @@ Isa best() {
   return Isa::plain;
 }
 
+// AMX with bfloat16: the processor's word (leaf 7: bits 22 and 24 of edx), and Linux's leave to use the large
+// registers, which is asked for once and holds for the whole process.
+bool runs_tiles() {
+#if defined(VPFAST_HAS_X86_ISAS) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!runs(Isa::avx512) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& tiles() {
+  static std::atomic<bool> active{runs_tiles()};
+  return active;
+}
+
 std::atomic<Isa>& selected() {
   static std::atomic<Isa> isa{best()};
   return isa;
@@ -49,9 +74,20 @@ std::atomic<Isa>& selected() {
 
 Isa active_isa() { return selected().load(std::memory_order_relaxed); }
 
+bool tiles_are_active() { return tiles().load(std::memory_order_relaxed); }
+
+std::string active_isa_name() { return tiles_are_active() ? "amx" : kIsaNames[static_cast<int>(active_isa())]; }
+
 void select_isa(const std::string& name) {
   if (name == "auto") {
     selected() = best();
+    tiles() = runs_tiles();
+    return;
+  }
+  if (name == "amx") {
+    if (!runs_tiles()) throw std::invalid_argument("this processor does not run the 'amx' kernels");
+    selected() = Isa::avx512;
+    tiles() = true;
     return;
   }
   for (int k = 0; k < kIsaCount; ++k) {
@@ -59,9 +95,11 @@ void select_isa(const std::string& name) {
     if (!runs(static_cast<Isa>(k)))
       throw std::invalid_argument("this processor does not run the '" + name + "' kernels");
     selected() = static_cast<Isa>(k);
+    tiles() = false;
     return;
   }
-  throw std::invalid_argument("instruction set '" + name + "' is unknown; choose 'auto', 'plain', 'avx2' or 'avx512'");
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is unknown; choose 'auto', 'plain', 'avx2', 'avx512' or 'amx'");
 }
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
@@ -69,6 +107,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   for (const char* feature : {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}) {
     found.emplace_back(feature, has(feature));
   }
+  found.emplace_back("amx_bf16", runs_tiles());
   return found;
 }
 

@@ -23,8 +23,15 @@ constexpr std::array<const char*, kIsaCount> kIsaNames = {"plain", "avx2", "avx5
 // The one in use: the best that this processor runs, or the one that was selected.
 Isa active_isa();
 
-// Selects one by name, for the whole process; "auto" returns to the best. Throws std::invalid_argument for a name that
-// is unknown or that this processor does not run.
+// Whether kernels that have a version on matrix tiles (amx.h) take it: where the processor has them, the operating
+// system lets us, and neither is a lower instruction set selected. Then active_isa() is avx512.
+bool tiles_are_active();
+
+// "plain", "avx2", "avx512" or, where tiles are active, "amx".
+std::string active_isa_name();
+
+// Selects one by such a name, for the whole process; "auto" returns to the best. Throws std::invalid_argument for a
+// name that is unknown or that this processor does not run.
 void select_isa(const std::string& name);
 
 // The processor features that decide, with what was found.

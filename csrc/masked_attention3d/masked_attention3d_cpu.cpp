@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "common/aligned.h"
+#include "common/amx.h"
 #include "common/isa.h"
 #include "masked_attention3d/masked_attention3d_math.h"
 #include "masked_attention3d/masked_attention3d_problem.h"
@@ -143,10 +144,14 @@ bool all_finite(const W* from, int64_t count) {
 
 template <class W>
 bool all_finite(const Problem<W>& p, const Rows<W>& rows) {
-  for (int64_t plane = 0; plane < p.planes(); ++plane) {
-    if (!all_finite(p.plane(rows, plane), p.mask.length() * p.dim)) return false;
-  }
-  return true;
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, p.planes(), 1 + (1 << 16) / (p.mask.length() * p.dim),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t plane = begin; plane < end; ++plane) {
+                                  if (!all_finite(p.plane(rows, plane), p.mask.length() * p.dim)) finite = false;
+                                }
+                              });
+  return finite;
 }
 
 template <class W>
@@ -173,15 +178,23 @@ void share(int64_t units, int64_t threads, int64_t scratch, const Body& body) {
   });
 }
 
+#if defined(VPFAST_HAS_X86_ISAS)
+template <class Body>
+void share_on_tiles(int64_t units, int64_t threads, int64_t scratch, const Body& body) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(units, threads), 1, [&](int64_t, int64_t) {
+    AlignedVector<float> memory(scratch);
+    configure_tiles();
+    for (int64_t unit = next++; unit < units; unit = next++) body(unit, memory.data());
+    release_tiles();
+  });
+}
+#endif
+
 // Waking a thread costs about as much as this many products of a query and a key.
 int64_t threads_for(const Mask& mask, int64_t planes, int64_t dim) {
   const double work = static_cast<double>(planes) * mask.length() * mask.length() * dim;
   return std::max<int64_t>(1, std::min<double>(torch::stable::get_num_threads(), work / (1 << 20)));
-}
-
-template <class W>
-int64_t padded(int64_t dim, int64_t lanes) {
-  return (dim + lanes - 1) / lanes * lanes;
 }
 
 // --- forward ---
@@ -197,6 +210,57 @@ std::vector<Interval> tiles_of(const Mask& mask, int64_t lanes, int64_t tile) {
   return tiles;
 }
 
+#if defined(VPFAST_HAS_X86_ISAS)
+
+// A product over few components leaves most of a tile empty, and one piece more than three would be needed next to the
+// ends of a float's range.
+bool tiles_serve(const Problem<float>& p) { return tiles_are_active() && !p.careful && p.scale != 0 && p.dim >= 16; }
+
+// How many bfloat16 a number of this type is the sum of.
+int pieces_of(ScalarType type) { return type == ScalarType::BFloat16 ? 1 : type == ScalarType::Half ? 2 : 3; }
+
+template <int pieces>
+void forward_on_tiles_of(Forward<float>& p) {
+  const int64_t length = p.mask.length(), planes = p.planes();
+  const int64_t rows = round_up(p.dim, 32), columns = round_up(p.dim, 16);
+  p.blocks = (length + kBlock - 1) / kBlock;
+  const int64_t key_block = pieces * rows * kBlock, value_block = pieces * columns * kBlock;
+  const Tensor memory = torch::stable::empty({planes * p.blocks * (key_block + value_block)}, ScalarType::Short);
+  uint16_t *keys = static_cast<uint16_t*>(memory.mutable_data_ptr()), *values = keys + planes * p.blocks * key_block;
+  torch::stable::parallel_for(0, planes * p.blocks, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t plane = i / p.blocks, first = i % p.blocks * kBlock;
+      avx512::masked_attention3d::block_by_rows<pieces>(p.plane(p.k, plane), first, length, p.dim,
+                                                        keys + i * key_block);
+      avx512::masked_attention3d::block_by_columns<pieces>(p.plane(p.v, plane), first, length, p.dim,
+                                                           values + i * value_block);
+    }
+  });
+  p.keys = keys;
+  p.values = values;
+  const std::vector<Interval> tiles = tiles_of(p.mask, 16, 32);
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  const int64_t scratch = rows * 32 + 64 * 32 + 64 + pieces * (rows * 32 + 4 * kTileElements) / 2;
+  share_on_tiles(count * planes, threads_for(p.mask, planes, p.dim), scratch, [&](int64_t unit, float* memory) {
+    const Interval& tile = tiles[count - 1 - unit / planes];
+    avx512::masked_attention3d::forward_on_tiles<pieces>(p, unit % planes, tile.begin, tile.end - tile.begin, memory);
+  });
+}
+
+void forward_on_tiles(Forward<float>& p, int pieces) {
+  if (pieces == 1) return forward_on_tiles_of<1>(p);
+  if (pieces == 2) return forward_on_tiles_of<2>(p);
+  forward_on_tiles_of<3>(p);
+}
+
+#else
+
+bool tiles_serve(const Problem<float>&) { return false; }
+int pieces_of(ScalarType) { return 3; }
+void forward_on_tiles(Forward<float>&, int) {}
+
+#endif
+
 template <class W>
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, const Mask& mask, double scale) {
   const ScalarType type = q.scalar_type();
@@ -210,6 +274,12 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, const Mask& mas
   Tensor lse = torch::stable::empty({p.batch, p.heads, length}, kType<W>);
   p.out = static_cast<W*>(out.mutable_data_ptr());
   p.lse = static_cast<W*>(lse.mutable_data_ptr());
+  if constexpr (std::is_same_v<W, float>) {
+    if (tiles_serve(p)) {
+      forward_on_tiles(p, pieces_of(type));
+      return {torch::stable::to(out, type), lse};
+    }
+  }
 
   const Kernels<W> kernel = kernels<W>();
   const std::vector<Interval> tiles = tiles_of(mask, kernel.lanes, kernel.tile);
@@ -308,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 
   const Kernels<W> kernel = kernels<W>();
   const Blocks blocks(mask, kernel.tile, p.planes());
-  p.padded_dim = padded<W>(p.dim, kernel.lanes);
+  p.padded_dim = round_up(p.dim, kernel.lanes);
   Tensor grads[3];
   for (Tensor& grad : grads) grad = torch::stable::empty({p.batch, p.heads, length, p.dim}, kType<W>);
   Tensor groups = torch::stable::empty({blocks.groups, p.planes(), length, p.padded_dim}, kType<W>);

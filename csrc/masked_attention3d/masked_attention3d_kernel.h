@@ -564,4 +564,8 @@ void decode(const Decode<W>& p, int64_t plane, int64_t position, W* scratch) {
   for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(any ? out[d] / sum : W(0));
 }
 
+#if VPFAST_ISA_LEVEL == 2
+#include "masked_attention3d/masked_attention3d_amx.h"
+#endif
+
 }  // namespace masked_attention3d

@@ -46,6 +46,7 @@ struct Interval {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // How many keys of frame t, from its first on, the rule shows to query q.
 inline int64_t shown_of_frame(const Mask& m, const Place& q, int64_t t) {

@@ -14,6 +14,10 @@ constexpr int64_t kQueries = 32;
 // Lanes of a tile: no instruction set has more than 3 registers of 16.
 constexpr int64_t kMaxTile = 48;
 
+// On matrix tiles: positions in a block, elements of a tile (16 rows of 32).
+constexpr int64_t kBlock = 32;
+constexpr int64_t kTileElements = 512;
+
 // (B, heads, L, d) in the working type, with rows of d elements one after another; strides in elements.
 template <class W>
 struct Rows {
@@ -39,6 +43,8 @@ struct Problem {
 template <class W>
 struct Forward : Problem<W> {
   W *out, *lse;
+  int64_t blocks;                 // of 32 keys in a plane, on matrix tiles
+  const uint16_t *keys, *values;  // (B x heads, blocks, ...): see masked_attention3d_amx.h
 };
 
 // Backward: everything (B, heads, L, d) dense but q, k, v; lse and delta (B, heads, L). The gradient of q is collected
