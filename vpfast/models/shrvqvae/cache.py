@@ -154,7 +154,8 @@ class NetworkCache:
         for index, block in enumerate(prior.blocks):
             nth = index // prior.config.prior_attention_every
             attention = prior.attentions[nth] if prior.attends_after(index) else None
-            assert isinstance(block, GatedBlock) and (attention is None or isinstance(attention, AttentionBlock))
+            assert isinstance(block, GatedBlock)
+            assert attention is None or isinstance(attention, AttentionBlock)
             keys_values = None if attention is None else attention.attention.init_cache(batch, grid)
             self.layers.append(Layer(block, ConvCache(block.conv, windows[1], batch), attention, keys_values))
 

@@ -72,6 +72,7 @@ def sample(
             clip.look_at(time)
         clip.repeat(futures)
         clip.sample(range(context, context + horizon), order)
+        clip.check()
     return _split(clip.codes[:, context * height * width :].unflatten(1, (horizon, height, width)), num_futures)
 
 
@@ -108,6 +109,13 @@ class _Clip:
         for network in self.networks:
             network.repeat(futures)
         self.seen = self.seen.repeat_interleave(futures, 0) if self.by_layer else self.networks[0].stem.inputs
+
+    def check(self) -> None:
+        """Raise ValueError where logits were not finite: what is not finite anywhere has reached the last ones."""
+        if not torch.isfinite(self.logits).all():
+            raise ValueError(
+                "the prior gives logits that are not finite: its weights are not, or overflow in half precision"
+            )
 
     def look_at(self, time: int) -> None:
         """Bring in a frame whose codes are known."""
@@ -189,6 +197,7 @@ class _Clip:
         for each in layers:
             logits = self.prior.logits_of(features, each, codes[..., :each])
             codes[..., each] = self.choice(logits, places.times, places.cells, each)
+        self.logits = logits
         self.codes.index_copy_(1, places.positions, codes)
         self.show(places, layer)
         self.update(len(places.positions) * len(layers))

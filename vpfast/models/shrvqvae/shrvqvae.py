@@ -11,18 +11,12 @@ from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_frames, check_size
 from vpfast.models.shrvqvae.codes import Codes
-from vpfast.models.shrvqvae.config import SHRVQVAEConfig
+from vpfast.models.shrvqvae.config import PRIOR_FIELDS, SHRVQVAEConfig
 from vpfast.models.shrvqvae.hrvqvae import HRVQVAE
 from vpfast.models.shrvqvae.loss import check_context, relaxed_latent
 from vpfast.models.shrvqvae.sampler import sample
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.models.storage import storable
-
-_PRIOR_FIELDS = tuple(
-    field.name
-    for field in dataclasses.fields(SHRVQVAEConfig)
-    if field.name.split("_")[0] in ("prior", "joint", "attention") or field.name in ("conditioning", "code_order")
-)
 
 
 class SHRVQVAEOutput(NamedTuple):
@@ -87,8 +81,8 @@ class SHRVQVAE(nn.Module):
         if not isinstance(autoencoder, HRVQVAE):
             raise TypeError(f"from_autoencoder takes an HRVQVAE, got {type(autoencoder).__name__}")
         for name in fields:
-            if name not in _PRIOR_FIELDS:
-                raise ValueError(f"{name!r} is no field of the prior; those are {', '.join(_PRIOR_FIELDS)}")
+            if name not in PRIOR_FIELDS:
+                raise ValueError(f"{name!r} is no field of the prior; those are {', '.join(PRIOR_FIELDS)}")
         model = cls(dataclasses.replace(autoencoder.config, **fields))
         model.to(autoencoder._weight).train(autoencoder.training)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
