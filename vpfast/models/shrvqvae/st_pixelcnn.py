@@ -30,7 +30,17 @@ class STPixelCNN(nn.Module):
     codes of layer i alone, the past taps those of all layers, ``context`` (3x3, unmasked) those of the layers before i
     in the present frame, and a vector of ``layer`` tells the passes apart.
 
-    What p(code) sees: see the README beside this file. Paper: Eq. 6.
+    What the code of layer i at (t, j) sees, attention being full (with any other, as much of it as taps and attention
+    reach):
+
+    - of other places, by ``conditioning``: ``"raster"``: all of past frames, and in frame t what comes before j;
+      ``"eq6"``: of past frames what comes before j, the paper's Eq. 6 as it is printed; ``"past_frames"``: all of past
+      frames, but of frame t - 1 alone only so far after j as the convolutions reach, one row for each;
+    - at its own place, by ``code_order``: the layers before i (``"depth"``, ``"layers"``) or none (``"independent"``);
+    - with ``"layers"`` all this holds for layer i. The layers before i are seen in frame t as well, and of frame t - 1
+      those after i, each no further after j than the convolutions reach.
+
+    Paper: Eq. 6.
     """
 
     def __init__(self, config: SHRVQVAEConfig) -> None:
