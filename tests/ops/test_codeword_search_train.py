@@ -1,15 +1,13 @@
 """The ladder of codeword_search's training form: losses, statistics, gradients, what PyTorch expects, memory."""
 
-import ctypes
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from codebooks import CASES, DTYPES, assert_error_at_most_twice, exact, inputs, native, strided_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak_of
 
 import vpfast
 from vpfast.ops import codeword_search, codeword_search_train
@@ -451,26 +449,6 @@ def test_autocast_searches_in_float32(choice, dtype, codebook_dtype):
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def peak_of(call):
-    """Bytes that the process held at most while ``call`` ran, beyond what it held before and the results: all memory,
-    with what neither Python nor PyTorch counts."""
-
-    def held(field):
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
-        before = held("VmRSS")
-    except (OSError, AttributeError, TypeError):
-        pytest.skip("needs glibc and Linux's /proc/self/clear_refs")
-    result = call()
-    peak = held("VmHWM")
-    outputs = sum(t.nbytes for t in result)
-    return peak - before - outputs
 
 
 def training_step(z, codebooks, strict_tree):
