@@ -77,6 +77,19 @@ def test_in_single_precision(conditioning: str, code_order: str, draws: dict[str
     assert torch.equal(sample(prior, clip(), 2, **draws), sample_naively(prior, clip(), 2, **draws))
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+def test_a_network_of_full_size(conditioning: str) -> None:
+    """Codes are those of the specification if each is the likeliest one that a pass over the finished clip gives."""
+    torch.manual_seed(0)
+    config = SHRVQVAEConfig.preset("mnist-3x4", conditioning=conditioning)
+    prior, codes = STPixelCNN(config), clip(1, 2, 6, 7, 3, size=4)
+    future = sample(prior, codes, 2)
+    with torch.no_grad():
+        logits = prior(torch.cat((codes, future), 1))[:, 2:]
+    behind = logits.amax(-1) - logits.gather(-1, future[..., None])[..., 0]
+    assert behind.max() < 1e-5
+
+
 @settings(max_examples=25)
 @given(data=st.data())
 def test_of_any_shape(data: st.DataObject) -> None:
