@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vpfast.cli import main
-from vpfast.models import HRVQVAE, MSPN, MSPNConfig, SHRVQVAEConfig
+from vpfast.models import HRVQVAE, MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
 from vpfast.training import DataConfig, TrainConfig, checkpoint
 
 
@@ -61,6 +61,20 @@ def code_weights(tmp_path_factory):
     model.train()(torch.rand(64, 1, 1, 16, 24))  # the first batch starts the codebooks
     data = DataConfig(kind="video-folder", root="x", size=(16, 24))
     checkpoint.write_weights(folder, model, TrainConfig(data=data, context=2, horizon=0, val_every=0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def future_weights(tmp_path_factory):
+    """An untrained S-HR-VQVAE for 16x24 grey frames, three of them as context; its codebooks as above."""
+    folder = tmp_path_factory.mktemp("future-weights")
+    torch.manual_seed(0)
+    small = {"prior_channels": 8, "prior_blocks": 1, "prior_attention_every": 1, "prior_heads": 2, "prior_head_dim": 4}
+    model = SHRVQVAE(SHRVQVAEConfig.preset("mnist-3x4", channels=(4, 8), residual_channels=4, **small))
+    model.autoencoder.train()(torch.rand(64, 1, 1, 16, 24))
+    data = DataConfig(kind="video-folder", root="x", size=(16, 24))
+    how = TrainConfig(model={"name": "shrvqvae"}, stage="joint", data=data, context=3, horizon=2, val_every=0)
+    checkpoint.write_weights(folder, model, how)
     return folder
 
 

@@ -8,7 +8,7 @@ import vpfast.models
 from vpfast.cli import decode, encode
 from vpfast.data import read_video
 from vpfast.models import HRVQVAE, Codes, SHRVQVAEConfig
-from vpfast.visual import write_gif
+from vpfast.visual import fragment_blur, gaussian_noise, salt_and_pepper, write_gif
 
 FILES = ["decoded.gif", "decoded.mp4", "decoded.npy"]
 
@@ -243,6 +243,32 @@ def test_frames_are_shown_layer_by_layer(command, code_weights, model, video, fr
     assert read_video(out / "depths.gif").shape[0] == 2
 
 
+def test_frames_made_worse_are_shown_with_what_becomes_of_them(command, code_weights, model, video, frames, tmp_path):
+    out = tmp_path / "out"
+    args = ("visualize", video, "--weights", code_weights, "--out", out, "--rows", 2)
+    code, said, err = command(*args, "--noise", 20, 5, "--fragment", 2, "--salt-and-pepper", 0.1, "--seed", 3)
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("codes.png", "depths.gif", "depths.png", "fragment.png", "heatmaps.png", "noise.png", "salt-and-pepper.png")
+    ]
+    for name, worse in (
+        ("fragment 2 px", fragment_blur(frames, 2)),
+        ("noise 20 dB", gaussian_noise(frames, 20, 3)),
+        ("noise 5 dB", gaussian_noise(frames, 5, 3)),
+        ("salt-and-pepper 0.1 of pixels", salt_and_pepper(frames, 0.1, 3)),
+    ):
+        before, after = (
+            -10 * (clip - frames).square().flatten(1).mean(1).log10().mean()
+            for clip in (worse, model.decode(model.encode(worse)))
+        )
+        (line,) = (line for line in said.splitlines() if line.startswith(f"{name}: "))
+        assert f"PSNR {before:.2f} dB" in line.partition(";")[0]
+        assert f"from 3 layers PSNR {after:.2f} dB" in line
+    assert command(*args, "--blur", 1.5, "--force")[0] == 0
+    assert "blur.png" in [path.name for path in out.iterdir()]
+    assert "noise.png" not in [path.name for path in out.iterdir()]
+
+
 def test_one_frame_is_called_one(command, code_weights, video, tmp_path):
     args = ("--weights", code_weights, "--out")
     said = [command("encode", video, *args, tmp_path / "a.vpc", "--count", 1)[1]]
@@ -261,6 +287,10 @@ def test_what_cannot_be_shown_is_refused(refused, code_weights, video, tmp_path)
     assert "film.avi: has 12 frames" in refused(*args, "--start", 12)
     assert "--rows: 0 given, must be a whole number of at least 1" in refused(*args, "--rows", 0)
     assert "--start: -1 given, must be a whole number of at least 0" in refused(*args, "--start", -1)
+    assert "--blur 0.0: sigma must be a finite number above 0, got 0.0" in refused(*args, "--blur", 0)
+    assert "--fragment 17: distance must be a whole number from 1 to 16" in refused(*args, "--fragment", 17)
+    assert "--noise: loud given, must be a number" in refused(*args, "--noise", "loud")
+    assert "--salt-and-pepper 2.0: share must be from 0 to 1" in refused(*args, "--salt-and-pepper", 2)
     assert "at least 11x11" in refused(*args, "--size", 8, 24)  # known after decoding, and still nothing is written
     assert [path.name for path in tmp_path.iterdir()] == ["film.avi"]
 

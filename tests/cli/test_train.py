@@ -18,6 +18,7 @@ from vpfast.cli.train import TrainConfig
 from vpfast.training.config import from_dict
 from vpfast.training.network import build_model
 from vpfast.training.recipes import RECIPES
+from vpfast.training.stages import runs_of
 
 TINY = [
     *("--model.channels", "[4,8]", "--model.levels", "1", "--model.hidden_channels", "4"),
@@ -82,8 +83,34 @@ def test_packaged_configurations_are_valid(name):
     options.add_config(TrainConfig)
     config = from_dict(TrainConfig, options.parse(["--config", name, "--data.root", "x"]))
     model = build_model(dataclasses.replace(config, model={**config.model, **SMALL[name]}))
-    assert isinstance(model, vpfast.models.MSPN if name.startswith("mspn") else vpfast.models.HRVQVAE)
+    assert isinstance(model, vpfast.models.MSPN if name.startswith("mspn") else vpfast.models.SHRVQVAE)
     assert model.config.in_channels == config.data.channels
+    runs = list(runs_of(config).values())
+    assert [run.model["name"] for run in runs] == ([] if name.startswith("mspn") else ["hrvqvae", *["shrvqvae"] * 2])
+    assert all((run.optim.lr, run.horizon > 0) == (3e-4, run.model["name"] == "shrvqvae") for run in runs)
+
+
+def test_the_autoencoder_of_a_packaged_configuration_can_be_trained_for_itself():
+    options = _options.Options("test", "")
+    options.add_config(TrainConfig)
+    args = ["--config", "shrvqvae/kth-3x8", "--data.root", "x", "--stage", "autoencoder"]
+    (run,) = runs_of(from_dict(TrainConfig, options.parse(args))).values()
+    assert isinstance(build_model(run), vpfast.models.HRVQVAE)
+
+
+def test_keys_of_a_stage_are_changed_one_by_one(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("stages: {prior: {steps: 4, optim: {lr: 3e-4}}, joint: {steps: 3}}\n")
+    options = _options.Options("test", "")
+    options.add_config(TrainConfig)
+    changes = ["--stages.prior.steps", "7", "--stages.prior.optim.warmup=2", "--stages.joint.optim.lr", "1e-3"]
+    changes += ["--stages.joint.data.size", "[16, 16]", "--stages.joint.channels_last", "false"]
+    for args in (["--config", str(path), *changes], [*changes, "--config", str(path)]):
+        assert options.parse(args)["stages"] == {
+            "prior": {"steps": 7, "optim": {"lr": 3e-4, "warmup": 2}},
+            "joint": {"steps": 3, "optim": {"lr": 1e-3}, "data": {"size": [16, 16]}, "channels_last": False},
+        }
+    assert options.parse([])["stages"] == {}
 
 
 def test_no_packaged_configuration_is_untested():
@@ -114,6 +141,13 @@ def _packaged():
         (["--horizon", "0"], "horizon: 0 given, must be at least 1"),
         (["--config"], "--config"),
         (["--init", "/nowhere"], "/nowhere"),
+        (["--stage", "prior"], "stage: 'prior' given, must be left out: a mspn is trained in one go"),
+        (["--stages.prior.steps", "3"], "stages: {'prior': {'steps': 3}} given, must be left out"),
+        (["--stages.prior.steps"], "--stages.prior.steps: expected one argument"),
+        (["--stages.prior.steps", "--resume"], "--stages.prior.steps: expected one argument"),
+        (["--stages.prior.optim.lr", "[1"], "[1: not readable as YAML"),
+        (["--stages.prior.steps", "3", "--stages.prior.steps.x", "3"], "steps is 3, which holds no keys"),
+        (["--model.name", "shrvqvae", "--stages.prio.steps", "3"], "did you mean 'stages.prior'?"),
     ],
 )
 def test_bad_options_are_refused(refused, out, args, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpfast.visual import write_code_maps, write_depths, write_heat_maps
+from vpfast.visual import write_code_maps, write_depths, write_heat_maps, write_repairs
 from vpfast.visual._grid import colour_map
 from vpfast.visual.layers import _psnr, _ranks, _spread
 
@@ -47,6 +47,23 @@ def test_depths_stand_beside_their_frames(tmp_path, monkeypatch):
     errors = (made["2 layers"] - frames)[[0, 2, 5]].square().flatten(1).mean(1)
     assert [cell.caption for cell in columns[2].cells] == [f"{-10 * error.log10():.1f} dB" for error in errors]
     assert [cell.caption for cell in columns[0].cells] == [""] * 3
+
+
+def test_runs_lie_below_each_other(tmp_path, monkeypatch):
+    frames = clip(frames=5)
+    worse, better = (frames * 0.5), (frames * 0.9)
+    runs = {"noise 5 dB": {"given": worse, "1 layer": better}, "noise 2 dB": {"given": worse * 0.5, "1 layer": worse}}
+    seen = drawings(monkeypatch)
+    write_repairs(tmp_path / "a.png", frames, runs, max_rows=2)
+    _, columns, rows, _, _ = seen[0]
+    assert rows == ["noise 5 dB: 1", "noise 5 dB: 5", "noise 2 dB: 1", "noise 2 dB: 5"]
+    assert [column.title for column in columns] == ["frame", "given", "1 layer"]
+    for column, clips in zip(columns, ([frames] * 2, [worse, worse * 0.5], [better, worse]), strict=True):
+        shown = [clip[step] for clip in clips for step in (0, 4)]
+        for cell, frame, real in zip(column.cells, shown, [frames[0], frames[4]] * 2, strict=True):
+            assert np.array_equal(cell.image[..., 0], (frame[0] * 255).round().byte().numpy())
+            error = (frame - real).square().mean()
+            assert cell.caption == ("" if column.title == "frame" else f"{-10 * error.log10():.1f} dB")
 
 
 def test_psnr_is_that_of_clipped_frames():
@@ -162,6 +179,9 @@ def test_rows_are_spread_over_the_clip(count, most, expected):
     [
         (lambda path: write_depths(path, clip(), {"1 layer": clip(2)}), "1 layer has the shape"),
         (lambda path: write_depths(path, clip(), {"1 layer": clip(3, 1, 8, 8)}), "one size"),
+        (lambda path: write_repairs(path, clip(), {}), "runs must be at least one"),
+        (lambda path: write_repairs(path, clip(), {"a": {"x": clip()}, "b": {"y": clip()}}), "all of the same columns"),
+        (lambda path: write_repairs(path, clip(), {"a": {"x": clip(2)}}), "x of a has the shape"),
         (lambda path: write_depths(path, clip(), {}, max_rows=0), "max_rows must be at least 1, got 0"),
         (lambda path: write_code_maps(path, clip(), torch.zeros(2, 4, 6, 3, dtype=torch.int64), 4), "indices must be"),
         (lambda path: write_code_maps(path, clip(), torch.full((3, 4, 6, 3), 4), 4), "from 0 to 3, got torch.int64"),

@@ -43,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
     for key in ("out", "strip"):
         if values[key]:
             check_out_file(Path(values[key]), force=True, option=key)
+    if values["strip"] and Path(values["strip"]).suffix.lower() != ".png":
+        raise ValueError(f"--strip {values['strip']}: must end in .png")
     models = {MODEL: model} | _beside(values["beside"])
     for name, each in models.items():
         with _named("" if name == MODEL else f"beside.{name}: "):
@@ -50,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
     recipe = recipe_of(model)
     count = values["clips"] or (DIGIT_CLIPS if config.data.kind == "moving-digits" else None)
     clips = dataset(config.data, values["split"], config.clip_length, count, config.seed)
+    if values["strip_clip"] >= len(clips):  # type: ignore[arg-type]
+        raise ValueError(f"strip_clip: {values['strip_clip']} given, must be below the {len(clips)} clips measured")  # type: ignore[arg-type]
     given = (config.context, config.batch_size, True, values["device"])
     evaluations = {name: evaluate(each, clips, *given, sampling=sampling) for name, each in models.items()}
     evaluation = together(evaluations) if len(models) > 1 else evaluations[MODEL]
@@ -61,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
     if values["out"]:
         write_file(Path(values["out"]), json.dumps({**asked, **evaluation.to_dict()}, indent=2) + "\n")
     if values["strip"]:
-        clip = clips[min(values["strip_clip"], len(clips) - 1)]  # type: ignore[arg-type]
+        clip = clips[values["strip_clip"]]
         rows = {name: shown(each, clip, config.context, values["device"], sampling) for name, each in models.items()}
         write_strip(values["strip"], {"truth": clip, **rows}, config.context if recipe.predicts else 0)
     return 0
