@@ -179,22 +179,6 @@ VPFAST_INLINE void look(View& view, const Mask& mask, const Place* places, int64
   }
 }
 
-// Calls body(t, y, first key) for every line that queries first .. last may see keys of.
-template <class Body>
-VPFAST_INLINE void for_each_line(const Mask& mask, const Place& first, const Place& last, const Body& body) {
-  if (mask.line == Line::sequence) return body(0, 0, int64_t{0});
-  const bool one_frame = first.t == last.t;
-  for (int64_t t = most(0, first.t - mask.radius_t); t <= last.t; ++t) {
-    if (mask.line == Line::frame) {
-      body(t, 0, t * mask.frame());
-      continue;
-    }
-    const int64_t top = one_frame ? most(0, first.y - mask.radius_y) : 0;
-    const int64_t bottom = one_frame ? least(mask.rows - 1, last.y + mask.radius_y) : mask.rows - 1;
-    for (int64_t y = top; y <= bottom; ++y) body(t, y, (t * mask.rows + y) * mask.columns);
-  }
-}
-
 // --- forward: a tile of queries in the lanes, its keys one after another ---
 
 // out is kept unnormalised with the running maximum `high` and the sum of weights `sum`, both in powers of 2.

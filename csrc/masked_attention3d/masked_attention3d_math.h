@@ -80,6 +80,22 @@ inline Interval visible(const Mask& m, const Place& q, int64_t t, int64_t y) {
   return {most(0, q.x - m.radius_x), least(shown - y * m.columns, least(m.columns, q.x + m.radius_x + 1))};
 }
 
+// Calls body(t, y, first key) for every line that queries first .. last may see keys of.
+template <class Body>
+inline void for_each_line(const Mask& mask, const Place& first, const Place& last, const Body& body) {
+  if (mask.line == Line::sequence) return body(0, 0, int64_t{0});
+  const bool one_frame = first.t == last.t;
+  for (int64_t t = most(0, first.t - mask.radius_t); t <= last.t; ++t) {
+    if (mask.line == Line::frame) {
+      body(t, 0, t * mask.frame());
+      continue;
+    }
+    const int64_t top = one_frame ? most(0, first.y - mask.radius_y) : 0;
+    const int64_t bottom = one_frame ? least(mask.rows - 1, last.y + mask.radius_y) : mask.rows - 1;
+    for (int64_t y = top; y <= bottom; ++y) body(t, y, (t * mask.rows + y) * mask.columns);
+  }
+}
+
 // Queries [begin, end) hold all that see any of the keys [first, last] of one line.
 inline Interval seen_by(const Mask& m, int64_t first, int64_t last) {
   const int64_t t = first / m.frame();

@@ -1,0 +1,106 @@
+// What one call of sample_codes is about, as its kernels see it: the ST-PixelCNN with what is kept of its layers.
+#pragma once
+
+#include <cstdint>
+
+#include "masked_attention3d/masked_attention3d_math.h"
+
+namespace vpfast::sample_codes {
+
+using masked_attention3d::Mask;
+
+// Keys lie in blocks of this many, component by component, so that they are scored in the lanes of a register.
+constexpr int64_t kKeyBlock = 16;
+
+// Weights of this many keys wait in the L1 cache.
+constexpr int64_t kChunk = 256;
+
+constexpr int64_t kMaxDepths = 16;
+constexpr int64_t kMaxTaps = 16;
+
+// y = x matrix + bias, the matrix (in, out) row by row.
+template <class W>
+struct Affine {
+  const W *matrix, *bias;
+  int64_t in, out;
+};
+
+template <class W>
+struct Norm {
+  const W *weight, *bias;
+};
+
+// A masked convolution: its inputs (clips, cells, channels), what past frames say about this one (clips, H W, out), and
+// the present taps as a matrix (taps x channels, out), with the cells they are found in (H W, taps), `shift` further.
+template <class W>
+struct Conv {
+  W* inputs;
+  const W* frame;
+  Affine<W> taps;
+  const int64_t *cells, *own;
+  int64_t count, channels, total, shift;
+};
+
+template <class W>
+struct Attention {
+  Norm<W> norm1, norm2;
+  Affine<W> qkv, output, widen, narrow;
+  W *keys, *values;  // (clips, heads, blocks, head_dim, 16), (clips, heads, T H W, head_dim)
+};
+
+template <class W>
+struct Block {
+  Norm<W> norm;
+  Conv<W> conv;
+  Affine<W> out;
+  const Attention<W>* attention;  // null where none follows
+};
+
+template <class W>
+struct Network {
+  int64_t channels, depths, first_depth, last_depth, codebook_size;
+  int64_t hidden;                   // the longest vector
+  const W* embeddings[kMaxDepths];  // (M, channels) each; null where the stem does not look at that layer
+  Affine<W> mix;
+  Conv<W> stem;
+  const Block<W>* blocks;
+  int64_t block_count;
+  int64_t heads, head_dim;
+  const Mask* masks;  // of heads 0 .. in turn
+  int64_t mask_count;
+  Norm<W> norm;
+  const W* parents[kMaxDepths];  // (M, channels); null where deeper layers do not look at that one
+  Affine<W> mlp1, mlp2, logits[kMaxDepths];
+};
+
+// Members of a team work on one clip together and wait for each other; see sample_codes_cpu.cpp.
+class Barrier;
+void wait(Barrier& barrier, int64_t members);
+
+struct Member {
+  int64_t rank, size;
+  Barrier* barrier;
+};
+
+template <class W>
+struct Problem {
+  Network<W> network;
+  int64_t length, cells, time;  // T H W, H W, the frame
+  int64_t* codes;               // (clips, T H W, n)
+  const int64_t* keys;          // (clips, 2), of the random stream
+  double temperature;
+  int64_t top_k;
+};
+
+// Elements of working memory that members of a team share, and that each has of its own.
+template <class W>
+int64_t shared_elements(const Network<W>& net) {
+  return net.channels + 2 * net.hidden;
+}
+
+template <class W>
+int64_t own_elements(const Network<W>& net) {
+  return net.channels + (kMaxTaps + 5) * net.hidden + kChunk + kKeyBlock;
+}
+
+}  // namespace vpfast::sample_codes
