@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+import vpfast.models
 from vpfast.cli import demo
+from vpfast.models import MSPN, SHRVQVAE
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def test_a_second_run_replaces_the_first_and_nothing_else(out, monkeypatch):
     assert demo.main() == 0
     assert demo.main() == 0
     (out / "weights" / "notes.txt").write_text("x")
-    monkeypatch.setattr(demo, "_train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(demo, "_train_mspn", lambda *args: pytest.fail("trained"))
     with pytest.raises(FileExistsError, match=r"--out .* weights/notes\.txt in it"):
         demo.main()
     assert (out / "weights" / "notes.txt").read_text() == "x"
@@ -32,11 +34,17 @@ def test_the_demo_leaves_pictures_and_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(out), "--scale", "0.001"])
     demo.main()
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["metrics.json", "metrics.md", "prediction.gif", "strip.png", "weights"]
+        ["metrics.json", "metrics.md", "prediction.gif", "strip.png", "weights", "weights-shrvqvae"]
     )
     numbers = json.loads((out / "metrics.json").read_text())
     said = capsys.readouterr().out
     mse = {name: report["mean"]["mse"] for name, report in numbers.items()}
-    assert f"MSE of the prediction {mse['prediction']:.4f}, of repeating the last frame" in said
-    assert f"{mse['repeat last frame']:.4f}" in said
-    assert all(name in said for name in ("edlstm_gates", "codeword_search")) or "no compiled kernel" in said
+    assert list(mse) == ["MSPN", "S-HR-VQVAE", "repeat last frame"]
+    told = f"of MSPN {mse['MSPN']:.4f}, of S-HR-VQVAE {mse['S-HR-VQVAE']:.4f}, of repeating the last frame"
+    assert f"MSE of the prediction {told} {mse['repeat last frame']:.4f}" in said
+    assert isinstance(vpfast.models.load(out / "weights"), MSPN)
+    assert isinstance(vpfast.models.load(out / "weights-shrvqvae"), SHRVQVAE)
+    assert (
+        all(name in said for name in ("edlstm_gates", "codeword_search", "masked_attention3d"))
+        or "no compiled kernel" in said
+    )

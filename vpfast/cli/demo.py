@@ -1,4 +1,5 @@
-"""The demonstration: train a compact MSPN on moving handwritten digits, look at what it predicts, time the kernels.
+"""The demonstration: train a compact MSPN and a narrow S-HR-VQVAE on moving handwritten digits, look at what they
+predict, time the kernels.
 
     python -m vpfast.cli.demo [--mnist FOLDER] [--out demo]
 
@@ -7,6 +8,7 @@ The steps are counted, not timed: a slower machine takes longer and ends at the 
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -15,28 +17,28 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpfast import backend, ops
 from vpfast.cli import answered
-from vpfast.models import MSPN
 from vpfast.ops.codeword_search import register as codeword_search
 from vpfast.ops.edlstm_gates import register as edlstm_gates
+from vpfast.ops.masked_attention3d import register as masked_attention3d
 from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
 from vpfast.training.clips import dataset
-from vpfast.training.evaluation import evaluate
+from vpfast.training.evaluation import evaluate, shown, together
 from vpfast.training.files import new_folder, refusal
-from vpfast.training.recipes import BASELINE, MODEL
+from vpfast.training.recipes import BASELINE
 from vpfast.visual import side_by_side, write_gif, write_strip
 
 CONTEXT, HORIZON = 10, 10
 
 
 class Stage(NamedTuple):
-    """A part of the training: so many steps of predicting ``horizon`` frames from ``context``."""
+    """A part of MSPN's training: so many steps of predicting ``horizon`` frames from ``context``."""
 
     context: int
     horizon: int
@@ -44,15 +46,36 @@ class Stage(NamedTuple):
 
 
 # What the folder holds, and all that a second run may replace.
+MSPN_WEIGHTS, CODES_WEIGHTS = "weights", "weights-shrvqvae"
 FILES = frozenset(
-    {"metrics.md", "metrics.json", "prediction.gif", "strip.png", "weights"}
-    | {f"weights/{name}" for name in checkpoint.WEIGHTS_FILES}
+    {"metrics.md", "metrics.json", "prediction.gif", "strip.png", MSPN_WEIGHTS, CODES_WEIGHTS}
+    | {f"{folder}/{name}" for folder in (MSPN_WEIGHTS, CODES_WEIGHTS) for name in checkpoint.WEIGHTS_FILES}
 )
-TEST_CLIPS, SHOWN_CLIP = 200, 0
+TEST_CLIPS, SHOWN_CLIP, AT_ONCE = 100, 0, 25
+ATTENTION_GRID = (5, 16, 16)
 
 NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_channels": 16}
 # Short clips first: they teach how digits move. Then the whole way, each prediction made from the one before.
 STAGES = (Stage(4, 2, steps=150), Stage(5, 5, steps=250), Stage(5, 10, steps=450))
+
+# S-HR-VQVAE as for Moving MNIST, but narrower. A short context leaves more frames to learn from.
+CODES = {
+    "name": "shrvqvae",
+    "preset": "mnist-3x4",
+    "channels": [16, 32],
+    "residual_channels": 16,
+    "prior_channels": 32,
+    "prior_blocks": 3,
+    "prior_attention_every": 3,
+    "prior_head_dim": 8,
+    "prior_ffn": 64,
+    "prior_head": 64,
+}
+CODES_STAGES: dict[str, dict[str, Any]] = {
+    "autoencoder": {"steps": 900, "batch_size": 8, "context": 4, "optim": {"lr": 3e-3}},
+    "prior": {"steps": 450, "context": 3, "horizon": 17, "optim": {"lr": 4e-3}},
+    "joint": {"steps": 80, "context": 5, "horizon": 15, "optim": {"lr": 1e-3}},
+}
 
 
 def main() -> int:
@@ -63,19 +86,28 @@ def main() -> int:
     started = time.perf_counter()
     data = DataConfig(root=options.mnist, size=32, digit_size=20, digits=1, speed=0.05, supersample=4, clips=100_000)
     with tempfile.TemporaryDirectory() as scratch, new_folder(options.out, FILES) as folder:
-        weights = _train(data, Path(scratch), options.scale)
-        model, _ = checkpoint.read_weights(weights, MSPN)
-        shutil.copytree(weights, folder / "weights")
+        trained = {
+            "MSPN": (_train_mspn(data, Path(scratch), options.scale), MSPN_WEIGHTS),
+            "S-HR-VQVAE": (_train_codes(data, Path(scratch), options.scale), CODES_WEIGHTS),
+        }
         clips = dataset(data, "test", CONTEXT + HORIZON, TEST_CLIPS)
-        evaluation = evaluate(model, clips, CONTEXT, progress=True)
+        evaluations, shown_clips = {}, {"truth": clips[SHOWN_CLIP]}
+        for name, (weights, kept) in trained.items():
+            shutil.copytree(weights, folder / kept)
+            model, _ = checkpoint.read_weights(weights, nn.Module)
+            evaluations[name] = evaluate(model, clips, CONTEXT, AT_ONCE, progress=True)
+            predicted = shown(model, clips[SHOWN_CLIP], CONTEXT)
+            shown_clips[name] = torch.cat([clips[SHOWN_CLIP][:CONTEXT], predicted])
+        evaluation = together(evaluations)
         table = evaluation.markdown(per_frame=True)
         (folder / "metrics.md").write_text(table + "\n")
         (folder / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
-        _draw(model, clips[SHOWN_CLIP], folder)
+        _draw(shown_clips, folder)
     print(f"\n{TEST_CLIPS} test clips of digits never trained on, {HORIZON} frames from {CONTEXT}:\n\n{table}\n")
     print("\n".join(kernel_table()))
     mse = {name: report.mean["mse"] for name, report in evaluation.reports.items()}
-    print(f"\nMSE of the prediction {mse[MODEL]:.4f}, of repeating the last frame {mse[BASELINE]:.4f}")
+    told = ", ".join(f"of {name} {mse[name]:.4f}" for name in trained)
+    print(f"\nMSE of the prediction {told}, of repeating the last frame {mse[BASELINE]:.4f}")
     print(f"pictures and numbers in {options.out}/, after {time.perf_counter() - started:.0f} s:")
     print("  " + "  ".join(sorted(path.name for path in options.out.iterdir())))
     return 0
@@ -89,11 +121,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _train(data: DataConfig, scratch: Path, scale: float) -> Path:
+def _train_mspn(data: DataConfig, scratch: Path, scale: float) -> Path:
     weights: Path | None = None
     for number, stage in enumerate(STAGES, 1):
-        steps = max(1, round(stage.steps * scale))
-        print(f"training, part {number} of {len(STAGES)}: {stage.horizon} frames from {stage.context}")
+        steps = _scaled(stage.steps, scale)
+        print(f"training MSPN, part {number} of {len(STAGES)}: {stage.horizon} frames from {stage.context}")
         schedule: Literal["constant", "cosine"] = "cosine" if number == len(STAGES) else "constant"
         config = TrainConfig(
             out=str(scratch / f"part{number}"),
@@ -114,18 +146,38 @@ def _train(data: DataConfig, scratch: Path, scale: float) -> Path:
     return weights
 
 
-def _draw(model: MSPN, clip: Tensor, folder: Path) -> None:
-    context = clip[:CONTEXT]
-    device = next(model.parameters()).device
-    prediction = model.predict(context.unsqueeze(0).to(device), horizon=HORIZON)[0].clamp(0, 1).cpu()
-    clips = {"truth": clip, "prediction": torch.cat([context, prediction])}
+def _train_codes(data: DataConfig, scratch: Path, scale: float) -> Path:
+    print(f"training S-HR-VQVAE, {len(CODES_STAGES)} stages")
+    stages: dict[str, dict[str, Any]] = {}
+    for name, stage in CODES_STAGES.items():
+        steps = _scaled(stage["steps"], scale)
+        stages[name] = {**stage, "steps": steps, "optim": {**stage["optim"], "warmup": min(10, steps)}}
+    config = TrainConfig(
+        out=str(scratch / "shrvqvae"),
+        model=CODES,
+        stages=stages,
+        data=data,
+        optim=OptimConfig(schedule="cosine", clip_norm=1.0),
+        batch_size=4,
+        val_every=0,
+        save_every=0,
+    )
+    return train(config)
+
+
+def _scaled(steps: int, scale: float) -> int:
+    return max(1, round(steps * scale))
+
+
+def _draw(clips: dict[str, Tensor], folder: Path) -> None:
+    """``clips``: what really happened, then the future that each model predicts."""
     write_gif(folder / "prediction.gif", side_by_side(clips, context=CONTEXT), fps=6)
     write_strip(folder / "strip.png", clips, context=CONTEXT)
 
 
 def kernel_table() -> list[str]:
     """Each compiled CPU kernel against its reference: first that both agree, then how long both take."""
-    for backends in (edlstm_gates.backends, codeword_search.backends):
+    for backends in (edlstm_gates.backends, codeword_search.backends, masked_attention3d.backends):
         refusal = backends.refusal("native", "cpu")
         if refusal is not None:
             return [f"no compiled kernel to compare with its reference: {refusal}"]
@@ -150,12 +202,16 @@ def _works() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     gates, cell = torch.randn(8, 256, 64, 64), torch.randn(8, 64, 64, 64)
     # Eighths: distances are exact in float32, so that no rounding tells two codewords apart that are equally near.
     z, *codebooks = (torch.randn(rows, 8).mul(8).round().div(8) for rows in (65_536, 8, 8**2, 8**3))
+    q, k, v = (torch.randn(1, 4, math.prod(ATTENTION_GRID), 32) for _ in range(3))
     gating, search = "edlstm_gates (8, 256, 64, 64)", "codeword_search (65536, 8), 3 layers of 8"
+    attention = "masked_attention3d (1, 4, 5 x 16 x 16, 32), raster"
     return {
         f"{gating}, forward": partial(_gating, gates, cell),
         f"{gating}, forward + backward": partial(_gating_gradients, gates, cell),
         f"{search}, forward": partial(ops.codeword_search, z, codebooks),
         f"{search}, training forward + backward": partial(_search_gradients, z, codebooks),
+        f"{attention}, forward": partial(_attention, q, k, v),
+        f"{attention}, forward + backward": partial(_attention_gradients, q, k, v),
     }
 
 
@@ -174,6 +230,17 @@ def _search_gradients(z: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, ...]:
     inputs = [tensor.detach().requires_grad_() for tensor in (z, *codebooks)]
     found = ops.codeword_search_train(inputs[0], inputs[1:])
     return torch.autograd.grad(found.codebook_losses.sum() + found.commitment_losses.sum(), inputs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (ops.masked_attention3d(q, k, v, ATTENTION_GRID, ops.Mask3d("raster")),)
+
+
+def _attention_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+    out = ops.masked_attention3d(q, k, v, ATTENTION_GRID, ops.Mask3d("raster"))
+    return torch.autograd.grad(out.sum(), (q, k, v))
 
 
 def _median_ms(work: Callable[[], object], repeats: int = 9) -> float:

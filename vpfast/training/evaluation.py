@@ -58,7 +58,9 @@ class Evaluation:
                 cells += [f"{use.used} of {use.codewords}", f"{use.perplexity:.1f}"]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         lines += self._foretold()
-        return "\n".join([*lines, "", self.reports[self.judged].markdown()] if per_frame else lines)
+        if per_frame:
+            lines += ["", f"{self.judged}, frame by frame:", "", self.reports[self.judged].markdown()]
+        return "\n".join(lines)
 
     def _foretold(self) -> list[str]:
         """How well each layer of codes is foretold from the real ones before it, where codes are."""
