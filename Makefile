@@ -1,5 +1,5 @@
 # Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
-#   make demo   train a small network, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
+#   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
 # TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
