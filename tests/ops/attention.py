@@ -20,6 +20,7 @@ MASKS = [Mask3d(name, window) for name, window in itertools.product(NAMES, WINDO
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # One position; one frame, row or column; sizes with remainders; several tiles of queries and keys; a large frame.
 GRIDS = [(1, 1, 1), (5, 1, 1), (1, 5, 3), (4, 1, 9), (3, 7, 1), (3, 4, 5), (2, 13, 13), (5, 8, 8)]
+STRIDED = (2, 3, 5)  # the grid of the cases of every stride
 
 
 def length(grid):
@@ -100,3 +101,25 @@ def soil_memory():
     for size in (2**8, 2**12, 2**16):
         held = [torch.full((size,), math.nan) for _ in range(4)]
         del held
+
+
+def strided_cases():
+    """Name -> q, k, v and a gradient of every kind of stride; (2, 3, 30, 6) each."""
+    plain = inputs(STRIDED, 6, 2, 3)
+    wide = torch.randn(4, 6, 60, 12)
+    qkv = torch.randn(2, 30, 3, 3, 6)
+    unaligned = torch.randn(4 * 1080 + 1)[1:].view(4, 2, 3, 30, 6)
+    return {
+        "contiguous": plain,
+        "heads last": [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in plain],
+        "channels first": [tensor.mT.contiguous().mT for tensor in plain],
+        "one projection": [*(qkv[:, :, k].transpose(1, 2) for k in range(3)), plain[3]],
+        "all reversed": [tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for tensor in plain],
+        "sliced": [wide[::2, ::2, ::2, ::2], wide[1::2, :3, 30:, :6], wide[:2, 3:, 1::2, 6:], wide[2:, ::2, :30, 1::2]],
+        "expanded heads": [plain[0], *(tensor[:, :1].expand(-1, 3, -1, -1) for tensor in plain[1:])],
+        "expanded batch": [tensor[:1].expand(2, -1, -1, -1) for tensor in plain],
+        "one position": [tensor[:, :, :1].expand(-1, -1, 30, -1) for tensor in plain],
+        "one number": [tensor[:1, :1, :1, :1].expand(2, 3, 30, 6) for tensor in plain],
+        "unaligned": list(unaligned),
+        "mixed": [plain[0].mT.contiguous().mT, plain[1], wide[::2, ::2, ::2, ::2], torch.ones(()).expand(2, 3, 30, 6)],
+    }

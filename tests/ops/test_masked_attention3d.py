@@ -13,6 +13,7 @@ from attention import (
     GRIDS,
     MASKS,
     NAMES,
+    STRIDED,
     assert_error_at_most_twice,
     exact,
     inputs,
@@ -24,6 +25,7 @@ from attention import (
     soil_memory,
     solved,
     specification,
+    strided_cases,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,7 +93,7 @@ def test_every_mask_on_every_grid(isa, poisoned, mask, dtype):
 )
 def test_every_head_dimension(isa, poisoned, dims, dtype):
     masks = [Mask3d("raster"), Mask3d("separable", (1, 2, None))]
-    assert_accurate([(grid, mask, dim) for grid in ((3, 5, 7), (4, 8, 8)) for mask in masks for dim in dims], dtype)
+    assert_accurate([(grid, mask, dim) for grid in ((3, 5, 7), (2, 9, 9)) for mask in masks for dim in dims], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -292,44 +294,12 @@ def test_only_one_input_needs_a_gradient():
         assert [tensor.grad is not None for tensor in given] == [k == which for k in range(3)]
 
 
-def test_the_log_sum_exp_has_no_gradient():
-    q, k, v = (tensor.requires_grad_() for tensor in inputs((2, 3, 4), count=3))
-    _, lse = torch.ops.vpfast.masked_attention3d(q, k, v, *options(q, (2, 3, 4), Mask3d("raster")))
-    assert not lse.requires_grad
-
-
 # --- layouts ---------------------------------------------------------------------------------------------------------
-
-STRIDED = (2, 3, 5)
-
-
-def strided_cases():
-    """Name -> q, k, v and a gradient of every kind of stride; (2, 3, 30, 6) each."""
-    plain = inputs(STRIDED, 6, 2, 3)
-    wide = torch.randn(4, 6, 60, 12)
-    qkv = torch.randn(2, 30, 3, 3, 6)
-    unaligned = torch.randn(4 * 1080 + 1)[1:].view(4, 2, 3, 30, 6)
-    return {
-        "contiguous": plain,
-        "heads last": [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in plain],
-        "channels first": [tensor.mT.contiguous().mT for tensor in plain],
-        "one projection": [*(qkv[:, :, k].transpose(1, 2) for k in range(3)), plain[3]],
-        "all reversed": [tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for tensor in plain],
-        "sliced": [wide[::2, ::2, ::2, ::2], wide[1::2, :3, 30:, :6], wide[:2, 3:, 1::2, 6:], wide[2:, ::2, :30, 1::2]],
-        "expanded heads": [plain[0], *(tensor[:, :1].expand(-1, 3, -1, -1) for tensor in plain[1:])],
-        "expanded batch": [tensor[:1].expand(2, -1, -1, -1) for tensor in plain],
-        "one position": [tensor[:, :, :1].expand(-1, -1, 30, -1) for tensor in plain],
-        "one number": [tensor[:1, :1, :1, :1].expand(2, 3, 30, 6) for tensor in plain],
-        "unaligned": list(unaligned),
-        "mixed": [plain[0].mT.contiguous().mT, plain[1], wide[::2, ::2, ::2, ::2], plain[3].transpose(0, 1)[:2].mT.mT],
-    }
 
 
 @pytest.mark.parametrize("case", strided_cases())
 def test_strides(isa, poisoned, case):
     given = strided_cases()[case]
-    if case == "mixed":
-        given[3] = given[3].new_ones(()).expand(2, 3, 30, 6)
     for mask in (Mask3d("raster"), Mask3d("eq6", (None, 1, 1))):
         found = operator(*given, STRIDED, mask)
         want = specification(*(tensor.contiguous() for tensor in given), STRIDED, mask)
@@ -472,8 +442,8 @@ def test_result_does_not_depend_on_threads(mask):
 
 @pytest.mark.parametrize("mask", [Mask3d("raster"), Mask3d("eq6", (None, 5, 5))], ids=str)
 def test_memory_beyond_inputs_and_outputs(mask):
-    """Scores of all pairs would take 537 MB each time; the reference keeps to bounded memory where it stands in too."""
-    grid = (16, 16, 16)
+    """Scores of all pairs would take 302 MB each time; the reference keeps to bounded memory where it stands in too."""
+    grid = (12, 16, 16)
     given = inputs(grid, 16, 1, 8)
     operator(*(tensor[:, :, :256] for tensor in given), (1, 16, 16), mask)
     assert peak_of(lambda: operator(*given, grid, mask)) < 200 * 2**20
