@@ -66,8 +66,8 @@ class MaskedAttention3d(nn.Module):
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.mask = Mask3d(mask) if isinstance(mask, str) else mask
         self.axial, self.positions = axial, positions
-        self._masks = _along_axes(self.mask)[:heads] if axial else [self.mask]
-        grouped = sorted(range(heads), key=lambda head: (head % len(self._masks), head))
+        self.masks = _along_axes(self.mask)[:heads] if axial else [self.mask]
+        grouped = sorted(range(heads), key=lambda head: (head % len(self.masks), head))
         self._ungrouped = sorted(range(heads), key=grouped.__getitem__)
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, dim, bias=bias)
@@ -159,8 +159,8 @@ class MaskedAttention3d(nn.Module):
         """``attend`` for all heads at once, or for those of each axis with the mask along it."""
         if not self.axial:
             return attend(self.mask, *qkv)
-        step = len(self._masks)
-        parts = [attend(mask, *(heads[:, axis::step] for heads in qkv)) for axis, mask in enumerate(self._masks)]
+        step = len(self.masks)
+        parts = [attend(mask, *(heads[:, axis::step] for heads in qkv)) for axis, mask in enumerate(self.masks)]
         return torch.cat(parts, dim=1)[:, self._ungrouped]
 
     def _merge(self, attended: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class ConvCache:
             matrices[0] = torch.cat((matrices[0], carry.t()))
             if conv.conditioning == "raster":
                 matrices[1] = torch.cat((matrices[1], carry.t()))
-        self.past, self.present = matrices
+        self.past, self.present = (matrix.contiguous() for matrix in matrices)
         self.whole = torch.cat(matrices)
         self.bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         self.frame: Tensor | None = None

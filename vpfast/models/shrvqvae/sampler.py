@@ -16,12 +16,15 @@ from torch import Tensor
 
 from vpfast.models._config import is_count, is_weight
 from vpfast.models._frames import check_count
+from vpfast.models.shrvqvae import compiled
 from vpfast.models.shrvqvae.cache import NetworkCache, Places, Window
 from vpfast.models.shrvqvae.random import Choice, clip_keys
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.nn._common import check_choice
 
 Order = Literal["pipelined", "plain"]
+
+NOT_FINITE = "the prior gives logits that are not finite: its weights are not, or overflow in half precision"
 
 
 def sample(
@@ -100,6 +103,7 @@ class _Clip:
             self.seen = torch.zeros_like(self.seen)
         self.codes = codes.new_zeros(batch, (context + horizon) * height * width, layers)
         self.codes[:, : context * height * width] = codes.flatten(1, 3)
+        self.logits: Tensor | None = None
 
     def repeat(self, futures: int) -> None:
         """Every clip as often, one after another."""
@@ -112,10 +116,8 @@ class _Clip:
 
     def check(self) -> None:
         """Raise ValueError where logits were not finite: what is not finite anywhere has reached the last ones."""
-        if not torch.isfinite(self.logits).all():
-            raise ValueError(
-                "the prior gives logits that are not finite: its weights are not, or overflow in half precision"
-            )
+        if self.logits is not None and not torch.isfinite(self.logits).all():
+            raise ValueError(NOT_FINITE)
 
     def look_at(self, time: int) -> None:
         """Bring in a frame whose codes are known."""
@@ -132,10 +134,16 @@ class _Clip:
         if config.conditioning == "eq6" and order == "pipelined" and not self.by_layer:
             self.sample_across(times)
             return
+        passes: list[compiled.CompiledPass] = []
+        if compiled.serves(self.prior, self.codes):
+            layers = range(len(self.networks)) if self.by_layer else [None]
+            passes = [compiled.CompiledPass(self.prior, *each) for each in zip(self.networks, layers, strict=True)]
         for time in times:
             for layer in range(len(self.networks)):
                 self.begin_frame(time, layer)
-                if config.conditioning == "raster" or (config.conditioning == "eq6" and order == "plain"):
+                if passes:
+                    self.sample_compiled(passes[layer], time)
+                elif config.conditioning == "raster" or (config.conditioning == "eq6" and order == "plain"):
                     self.sample_one_by_one(time, layer)
                 elif order == "plain":
                     self.sample_within(time, layer)
@@ -144,6 +152,12 @@ class _Clip:
                     self.choose(self.networks[layer].evaluate(places), places, layer)
             if self.by_layer:
                 self.remember(self.frame(time))
+
+    def sample_compiled(self, network: compiled.CompiledPass, time: int) -> None:
+        """The positions of a frame in raster order, by the compiled kernel."""
+        if not network.sample(self.codes, time, self.size, self.choice):
+            raise ValueError(NOT_FINITE)
+        self.update(math.prod(self.size) * (1 if self.by_layer else self.codes.shape[-1]))
 
     def sample_one_by_one(self, time: int, layer: int) -> None:
         """The positions of a frame in raster order."""

@@ -1,0 +1,191 @@
+"""The compiled sampler: the codes of the sampler in torch, whatever the network, instruction set and threads."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vpfast
+from vpfast.models import SHRVQVAEConfig, STPixelCNN
+from vpfast.models.shrvqvae import compiled, sample
+from vpfast.models.shrvqvae.compiled import CompiledPass
+from vpfast.ops import _native
+
+pytestmark = pytest.mark.skipif(_native.extension is None, reason="needs the compiled extension")
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "likeliest": {},
+    "drawn": {"temperature": 0.9, "seed": 7},
+    "of the two likeliest": {"temperature": 1.2, "top_k": 2, "seed": 3},
+}
+ISAS = ("plain", "avx2", "avx512")
+# Sizes that are no multiple of any register's lanes, and heads that do not divide among threads.
+ODD: dict[str, Any] = {
+    "in_channels": 1,
+    "channels": (8,),
+    "codebook_size": 3,
+    "layers": 3,
+    "prior_channels": 24,
+    "prior_blocks": 4,
+    "prior_heads": 3,
+    "prior_head_dim": 5,
+    "prior_ffn": 20,
+    "prior_head": 18,
+    "attention_window": (1, 2, None),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        _native.extension.select_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _native.extension.select_isa("auto")
+
+
+def network(dtype: torch.dtype = torch.float64, **changes: Any) -> STPixelCNN:
+    torch.manual_seed(1)
+    prior = STPixelCNN(SHRVQVAEConfig(**{**ODD, **changes})).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(1.5)  # far from uniform
+    return prior
+
+
+def clip(prior: STPixelCNN, batch: int, grid: tuple[int, int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(prior.config.codebook_size, (batch, *grid, prior.config.layers), generator=generator)
+
+
+def in_torch(prior: STPixelCNN, codes: Tensor, horizon: int, **options: Any) -> Tensor:
+    with vpfast.backend("reference"):
+        return sample(prior, codes, horizon, **options)
+
+
+@pytest.mark.parametrize("attention", ["full", "axial", "window", "none"])
+@pytest.mark.parametrize("code_order", ["depth", "independent", "layers"])
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=DRAWS)
+def test_the_codes_of_the_sampler_in_torch(isa: str, attention: str, code_order: str, draws: dict[str, Any]) -> None:
+    for dtype, batch in itertools.product((torch.float64, torch.float32), (1, 3)):
+        prior = network(dtype, attention=attention, code_order=code_order)
+        codes = clip(prior, batch, (1, 4, 5))
+        assert compiled.serves(prior, codes)
+        assert torch.equal(sample(prior, codes, 2, **draws), in_torch(prior, codes, 2, **draws))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_any_number_of_threads_gives_the_same_codes(count: int, batch: int, threads: None) -> None:
+    prior = network(torch.float32)
+    codes = clip(prior, batch, (1, 4, 5))
+    expected = in_torch(prior, codes, 2)
+    torch.set_num_threads(count)
+    assert torch.equal(sample(prior, codes, 2), expected)
+
+
+@given(
+    grid=st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 6)),
+    horizon=st.integers(1, 3),
+    layers=st.integers(1, 4),
+    size=st.integers(2, 17),
+    widths=st.tuples(*(st.integers(1, 20) for _ in range(5))),
+    blocks=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_networks_of_any_size(
+    grid: tuple[int, int, int],
+    horizon: int,
+    layers: int,
+    size: int,
+    widths: tuple[int, ...],
+    blocks: tuple[int, int],
+    temperature: float,
+) -> None:
+    channels, heads, head_dim, ffn, head = widths
+    prior = network(
+        codebook_size=size,
+        layers=layers,
+        strict_tree=False,
+        prior_channels=channels,
+        prior_heads=heads,
+        prior_head_dim=head_dim,
+        prior_ffn=ffn,
+        prior_head=head,
+        prior_blocks=blocks[0],
+        prior_attention_every=blocks[1],
+    )
+    codes = clip(prior, 2, grid)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": min(3, size), "seed": [1, 2**32 - 1]}
+    assert torch.equal(sample(prior, codes, horizon, **options), in_torch(prior, codes, horizon, **options))
+
+
+def test_more_keys_than_one_chunk_of_weights() -> None:
+    prior = network(torch.float32, prior_blocks=2)
+    codes = clip(prior, 1, (2, 12, 12))
+    assert torch.equal(sample(prior, codes, 1), in_torch(prior, codes, 1))
+
+
+def test_what_is_not_served_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> bool:
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(CompiledPass, "sample", refuse)
+    for prior in (network(conditioning="eq6"), network(conditioning="past_frames"), network(torch.bfloat16)):
+        sample(prior, clip(prior, 1, (1, 2, 2)), 1)
+    prior = network()
+    with vpfast.backend("reference"):
+        sample(prior, clip(prior, 1, (1, 2, 2)), 1)
+    with pytest.raises(AssertionError, match="the kernel was called"):
+        sample(prior, clip(prior, 1, (1, 2, 2)), 1)
+
+
+def passed(prior: STPixelCNN) -> list[Any]:
+    """The arguments of one call of the operator."""
+    calls: list[Any] = []
+    original = torch.ops.vpfast.sample_codes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.vpfast, "sample_codes", lambda *given: calls.append(given) or original(*given))
+        sample(prior, clip(prior, 1, (1, 2, 3)), 1)
+    return list(calls[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "broken", "message"),
+    [
+        (0, lambda codes: codes[:, :-1], "codes has another shape"),
+        (0, lambda codes: codes.int(), "codes has another shape, type"),
+        (1, lambda network: network[:-1], "a head is missing"),
+        (1, lambda network: [*network, network[0]], "left over"),
+        (1, lambda network: [network[0].float(), *network[1:]], "another shape, type or layout"),
+        (1, lambda network: [network[0], network[1].transpose(0, 1), *network[2:]], "another shape, type or layout"),
+        (2, lambda tables: tables[:3], "4 tables"),
+        (2, lambda tables: [tables[0] + 10**6, *tables[1:]], "outside of the inputs"),
+        (2, lambda tables: [tables[0], tables[1] - 10**6, *tables[2:]], "lies outside"),
+        (3, lambda keys: keys[:0], "keys has another shape"),
+        (4, lambda grid: [1, *grid[1:]], "outside of the clip|another shape"),
+        (5, lambda masks: ["diagonal"], "no mask 'diagonal'"),
+        (6, lambda windows: windows[:2], "masks and windows"),
+        (7, lambda sizes: sizes[:-1], "15 sizes"),
+        (7, lambda sizes: [*sizes[:7], 99, *sizes[8:]], "sizes that cannot be"),
+    ],
+)
+def test_the_operator_refuses_what_would_read_out_of_bounds(argument: int, broken: Any, message: str) -> None:
+    arguments = passed(network())
+    arguments[argument] = broken(arguments[argument])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vpfast.sample_codes(*arguments)

@@ -1,0 +1,123 @@
+"""Frames of codes by the compiled kernel: what :mod:`cache` and :mod:`sampler` do in torch, in one call a frame.
+
+It serves float32 and float64 networks on the CPU with ``conditioning="raster"``, whose codes come one position after
+another; ``vpfast.backend("reference")`` keeps to torch. The codes are the same, but where two logits are within rounding
+of each other. The kernel is csrc/sample_codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpfast.models.shrvqvae.cache import NetworkCache
+from vpfast.models.shrvqvae.random import Choice
+from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
+from vpfast.ops import Mask3d
+from vpfast.ops._backend import current_backend, native_devices
+from vpfast.ops._library import LIBRARY
+
+LIBRARY.define(
+    "sample_codes(Tensor(a!) codes, Tensor(b!)[] network, Tensor[] tables, Tensor keys, int[] grid, str[] masks,"
+    " int[] windows, int[] sizes, float temperature, int top_k, int threads) -> bool"
+)
+
+_KEY_BLOCK = 16
+"""Keys lie in blocks of so many, component by component."""
+
+
+def serves(prior: STPixelCNN, codes: Tensor) -> bool:
+    """Can the kernel sample from this network, under the backend that is chosen?"""
+    return (
+        current_backend() in ("auto", "native")
+        and codes.device.type in native_devices("vpfast::sample_codes")
+        and prior.norm.weight.dtype in (torch.float32, torch.float64)
+        and prior.config.conditioning == "raster"
+    )
+
+
+class CompiledPass:
+    """One pass of the network, all layers of codes or layer ``layer`` alone, with what ``cache`` keeps of it.
+
+    From the first frame on keys are kept here, in the layout of the kernel, and no longer in ``cache``.
+    """
+
+    def __init__(self, prior: STPixelCNN, cache: NetworkCache, layer: int | None) -> None:
+        self.prior, self.cache = prior, cache
+        config = prior.config
+        first, last = (0, config.layers) if layer is None else (layer, layer + 1)
+        self.entering = [part.weight for i, part in enumerate(prior.embed) if layer is None or i == layer]
+        self.entering += _affine(prior.mix[1])
+        self.layers = [self._layer(index) for index in range(len(cache.layers))]
+        self.leaving = [*_norm(prior.norm), *(parent.weight for parent in prior.parents)]
+        self.leaving += [*_affine(prior.mlp[0]), *_affine(prior.mlp[2])]
+        for head in prior.heads[first:last]:
+            self.leaving += _affine(head)
+        masks = [Mask3d("raster")]
+        if len(prior.attentions):
+            masks = prior.attentions[0].attention.masks  # type: ignore[union-attr, assignment]
+        self.masks = [mask.name for mask in masks]
+        self.windows = [-1 if radius is None else radius for mask in masks for radius in mask.window or (None,) * 3]
+        every = config.prior_attention_every if len(prior.attentions) else 0
+        self.sizes = [config.prior_channels, config.prior_blocks, every, config.prior_heads, config.prior_head_dim]
+        self.sizes += [config.prior_ffn, config.prior_head, config.layers, config.codebook_size, first, last]
+        self.sizes += [len(prior.parents), -1 if layer is None else layer]
+
+    def sample(self, codes: Tensor, time: int, size: tuple[int, int], choice: Choice) -> bool:
+        """Choose the codes of frame ``time``, (B, T H W, n), in place; False where logits are not finite.
+
+        The cache has begun the frame.
+        """
+        stem, block = self.cache.stem, self.cache.layers[0].conv
+        network = [stem.inputs, _known(stem.frame), stem.present, *self.entering]
+        for before, conv, after in self.layers:
+            network += [*before, conv.inputs, _known(conv.frame), conv.present, *after]
+        length, cells = codes.shape[1], size[0] * size[1]
+        tables = [stem.window.present, stem.window.own, block.window.present, block.window.own]
+        finite: bool = torch.ops.vpfast.sample_codes(
+            codes,
+            [*network, *self.leaving],
+            tables,
+            choice.keys,
+            [length // cells, *size],
+            self.masks,
+            self.windows,
+            [*self.sizes, time, stem.window.frame],
+            choice.temperature,
+            choice.top_k or self.prior.config.codebook_size,
+            torch.get_num_threads(),
+        )
+        return finite
+
+    def _layer(self, index: int) -> tuple[list[Tensor], object, list[Tensor]]:
+        """A block: the tensors before those of its convolution, the convolution, and those after it."""
+        block, conv, attention, keys_values = self.cache.layers[index]
+        after = _affine(block.out)
+        if attention is not None and keys_values is not None:
+            after += [*_norm(attention.norm1), *_affine(attention.attention.qkv), *_affine(attention.attention.output)]
+            after += [*_norm(attention.norm2), *_affine(attention.ffn[0]), *_affine(attention.ffn[2])]
+            after += [_in_blocks(keys_values.keys), keys_values.values]
+        return _norm(block.norm), conv, after
+
+
+def _known(frame: Tensor | None) -> Tensor:
+    assert frame is not None, "the cache has begun a frame"
+    return frame
+
+
+def _norm(norm: nn.Module) -> list[Tensor]:
+    assert isinstance(norm, nn.LayerNorm)
+    return [norm.weight, norm.bias]
+
+
+def _affine(layer: nn.Module) -> list[Tensor]:
+    """The matrix (in, out), and the bias."""
+    assert isinstance(layer, nn.Linear)
+    return [layer.weight.t().contiguous(), layer.bias]
+
+
+def _in_blocks(keys: Tensor) -> Tensor:
+    """(B, heads, L, d) -> (B, heads, blocks, d, 16)."""
+    padded = F.pad(keys, (0, 0, 0, -keys.shape[2] % _KEY_BLOCK))
+    return padded.unflatten(2, (-1, _KEY_BLOCK)).transpose(-1, -2).contiguous()
