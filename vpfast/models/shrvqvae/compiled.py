@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.models.shrvqvae.cache import NetworkCache
+from vpfast.models.shrvqvae.cache import ConvCache, NetworkCache
 from vpfast.models.shrvqvae.random import Choice
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.ops import Mask3d
@@ -90,7 +90,7 @@ class CompiledPass:
         )
         return finite
 
-    def _layer(self, index: int) -> tuple[list[Tensor], object, list[Tensor]]:
+    def _layer(self, index: int) -> tuple[list[Tensor], ConvCache, list[Tensor]]:
         """A block: the tensors before those of its convolution, the convolution, and those after it."""
         block, conv, attention, keys_values = self.cache.layers[index]
         after = _affine(block.out)
@@ -120,4 +120,5 @@ def _affine(layer: nn.Module) -> list[Tensor]:
 def _in_blocks(keys: Tensor) -> Tensor:
     """(B, heads, L, d) -> (B, heads, blocks, d, 16)."""
     padded = F.pad(keys, (0, 0, 0, -keys.shape[2] % _KEY_BLOCK))
-    return padded.unflatten(2, (-1, _KEY_BLOCK)).transpose(-1, -2).contiguous()
+    blocks: Tensor = padded.unflatten(2, (-1, _KEY_BLOCK)).transpose(-1, -2).contiguous()
+    return blocks
