@@ -31,6 +31,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/ops/bench_edlstm_gates.py --save
 	$(BIN)/python benchmarks/ops/bench_codeword_search.py --save
+	$(BIN)/python benchmarks/ops/bench_masked_attention3d.py --save
 	$(BIN)/python benchmarks/models/bench_sampler.py --save
 
 clean:

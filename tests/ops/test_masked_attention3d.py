@@ -92,8 +92,8 @@ def test_every_mask_on_every_grid(isa, poisoned, mask, dtype):
     "dims", [(1, 2, 3), (5, 7, 8, 9), (12, 16, 17), (24, 31, 32, 33), (48, 63, 64, 80), (127, 128)]
 )
 def test_every_head_dimension(isa, poisoned, dims, dtype):
-    masks = [Mask3d("raster"), Mask3d("separable", (1, 2, None))]
-    assert_accurate([(grid, mask, dim) for grid in ((3, 5, 7), (2, 9, 9)) for mask in masks for dim in dims], dtype)
+    pairs = [((3, 5, 7), Mask3d("raster")), ((2, 9, 9), Mask3d("separable", (1, 2, None)))]
+    assert_accurate([(*pair, dim) for pair in pairs for dim in dims], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -340,12 +340,13 @@ def problems(draw):
 
 
 def assert_close_as_sums(found, want, dtype):
-    """Sums in a different order, of terms that may cancel: of gradients, some that were rounded to ``dtype`` before."""
-    eps = torch.finfo(dtype).eps
+    """Sums in a different order, of terms that may cancel: some thousand roundings of the working type; or, in half
+    precision, a few of the result, as gradients are computed from one that was rounded."""
+    eps, roundings = torch.finfo(dtype).eps, 16 if dtype.itemsize == 2 else 1024
     for ours, theirs in zip(found, want, strict=True):
         assert ours.dtype == theirs.dtype
-        size = max(1, theirs[theirs.isfinite()].abs().sum().item() / max(1, theirs.numel()))
-        torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=64 * eps * size)
+        size = max([1.0, *theirs[theirs.isfinite()].abs().tolist()])
+        torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=roundings * eps * size)
 
 
 @given(problem=problems())
