@@ -124,6 +124,32 @@ class MaskedAttention3d(nn.Module):
             ValueError: shapes that do not fit; the message holds them.
             IndexError: a position outside of the grid.
         """
+        self._check_extension(x, positions, cache)
+        q, k, v = self._project(x if cache.positions is None else x + cache.positions[positions])
+        _write(cache, positions, k, v)
+        attended = self._by_axis(
+            lambda mask, q, k, v: masked_attention3d_decode(q, k, v, cache.grid, positions, mask),
+            *(q, cache.keys, cache.values),
+        )
+        return self._merge(attended)
+
+    @torch.no_grad()
+    def keep(self, x: Tensor, positions: Tensor, cache: AttentionCache) -> None:
+        """Write keys and values as :meth:`extend` does, for positions whose output is known or of no interest.
+
+        Arguments and errors of :meth:`extend`.
+        """
+        self._check_extension(x, positions, cache)
+        _, k, v = self._project(x if cache.positions is None else x + cache.positions[positions])
+        _write(cache, positions, k, v)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, mask={self.mask}, axial={self.axial}, "
+            f"positions={self.positions}"
+        )
+
+    def _check_extension(self, x: Tensor, positions: Tensor, cache: AttentionCache) -> None:
         batch = cache.keys.shape[0]
         if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
             given = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
@@ -133,22 +159,6 @@ class MaskedAttention3d(nn.Module):
                 f"{_OWNER}: extend takes x ({batch}, n, {self.dim}) and positions (n,) beside this cache, got "
                 f"{tuple(x.shape)} and {tuple(positions.shape)}"
             )
-        if cache.positions is not None:
-            x = x + cache.positions[positions]
-        q, k, v = self._project(x)
-        cache.keys.index_copy_(2, positions, k.to(cache.keys.dtype))
-        cache.values.index_copy_(2, positions, v.to(cache.values.dtype))
-        attended = self._by_axis(
-            lambda mask, q, k, v: masked_attention3d_decode(q, k, v, cache.grid, positions, mask),
-            *(q, cache.keys, cache.values),
-        )
-        return self._merge(attended)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, mask={self.mask}, axial={self.axial}, "
-            f"positions={self.positions}"
-        )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, dim) -> q, k, v, each (B, heads, n, head_dim), views of one tensor."""
@@ -167,6 +177,11 @@ class MaskedAttention3d(nn.Module):
         """(B, heads, n, head_dim) -> (B, n, dim)."""
         merged: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return merged
+
+
+def _write(cache: AttentionCache, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    cache.keys.index_copy_(2, positions, k.to(cache.keys.dtype))
+    cache.values.index_copy_(2, positions, v.to(cache.values.dtype))
 
 
 _OWNER = "MaskedAttention3d"

@@ -159,6 +159,19 @@ class NetworkCache:
             keys_values = None if attention is None else attention.attention.init_cache(batch, grid)
             self.layers.append(Layer(block, ConvCache(block.conv, windows[1], batch), attention, keys_values))
 
+    def look_at(self, x: Tensor, own: Tensor) -> None:
+        """Keep what the layers have of the first T frames of the clip, whose codes are known, evaluated densely.
+
+        ``x`` (B, T, H, W, C) is the input of the first block, ``own`` (T H W,) where the inputs at its positions go.
+        """
+        positions = torch.arange(len(own), device=own.device)
+        for block, conv, attention, keys_values in self.layers:
+            conv.inputs.index_copy_(1, own, block.norm(x).flatten(1, 3))
+            x = block(x)
+            if attention is not None and keys_values is not None:
+                attention.attention.keep(attention.norm1(x).flatten(1, 3), positions, keys_values)
+                x = attention(x)
+
     def begin_frame(self, time: int, past_inputs: Tensor, added: Tensor | None = None) -> None:
         """Bring in what past frames, and ``added`` (B, H W, C) to the stem, say about every position of ``time``.
 

@@ -1,8 +1,8 @@
 """Frames of codes by the compiled kernel: what :mod:`cache` and :mod:`sampler` do in torch, in one call a frame.
 
 It serves float32 and float64 networks on the CPU with ``conditioning="raster"``, whose codes come one position after
-another; ``vpfast.backend("reference")`` keeps to torch. The codes are the same, but where two logits are within rounding
-of each other. The kernel is csrc/sample_codes.
+another; ``vpfast.backend("reference")`` keeps to torch. The codes are the same, but where two logits are within
+rounding of each other. The kernel is csrc/sample_codes.
 """
 
 from __future__ import annotations

@@ -71,8 +71,7 @@ def sample(
         return _split(codes.new_empty(batch * futures, horizon, height, width, layers), num_futures)
     with _quietly(codes), _bar(progress, horizon * height * width * layers) as update:
         clip = _Clip(prior, codes, horizon, choice, update)
-        for time in range(context):
-            clip.look_at(time)
+        clip.look_at(context)
         clip.repeat(futures)
         clip.sample(range(context, context + horizon), order)
         clip.check()
@@ -119,14 +118,21 @@ class _Clip:
         if self.logits is not None and not torch.isfinite(self.logits).all():
             raise ValueError(NOT_FINITE)
 
-    def look_at(self, time: int) -> None:
-        """Bring in a frame whose codes are known."""
-        places = self.frame(time)
+    def look_at(self, context: int) -> None:
+        """Bring in the first frames, whose codes are known."""
+        if context == 0:
+            return
+        cells = math.prod(self.size)
+        codes = self.codes[:, : context * cells]
+        window = self.windows[0]
+        own = (torch.arange(context, device=codes.device)[:, None] * window.frame + window.own).flatten()
+        begun = self.prior.begun(codes.unflatten(1, (context, *self.size))).unflatten(0, (len(codes), -1))
         for layer, network in enumerate(self.networks):
-            self.begin_frame(time, layer)
-            self.show(places, layer)
-            network.evaluate(places)
-        self.remember(places)
+            shown = range(layer, layer + 1) if self.by_layer else None
+            network.stem.inputs.index_copy_(1, own, self.prior.embedded(codes, shown))
+            network.look_at(begun[:, layer], own)
+        if self.by_layer:
+            self.seen.index_copy_(1, own, self.prior.embedded(codes))
 
     def sample(self, times: range, order: Order) -> None:
         """Choose the codes of these frames, which follow what is known."""

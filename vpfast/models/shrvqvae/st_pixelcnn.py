@@ -75,12 +75,22 @@ class STPixelCNN(nn.Module):
         """
         self._check(codes)
         layers = range(self.config.layers)
+        features = self.features(self.begun(codes))
         if self.config.code_order == "layers":
-            features = self.features(self._entered_by_layer(codes)).unflatten(0, (-1, len(layers))).unbind(1)
+            of_layers = features.unflatten(0, (-1, len(layers))).unbind(1)
         else:
-            embedded = self.embedded(codes)
-            features = (self.features(self.entered(embedded, embedded)),) * len(layers)
-        return torch.stack([self.logits_of(features[i], i, codes[..., :i]) for i in layers], dim=-2)
+            of_layers = (features,) * len(layers)
+        return torch.stack([self.logits_of(of_layers[i], i, codes[..., :i]) for i in layers], dim=-2)
+
+    def begun(self, codes: Tensor) -> Tensor:
+        """The input of the first block for a whole clip: codes (B, T, H, W, n) -> (B P, T, H, W, C).
+
+        P is 1, or with ``code_order="layers"`` n, the passes of a clip one after another.
+        """
+        if self.config.code_order == "layers":
+            return self._entered_by_layer(codes)
+        embedded = self.embedded(codes)
+        return self.entered(embedded, embedded)
 
     def embedded(self, codes: Tensor, layers: range | None = None) -> Tensor:
         """What the stem reads of each position, for itself: codes (..., n) -> (..., C).
