@@ -223,7 +223,9 @@ def test_reference_backend_is_twice_differentiable():
 @native
 def test_without_compiled_kernels_the_same_ladder_holds():
     """The operators are served by the reference then; this process has the kernels, so another one climbs."""
-    rungs = "dtype1 and eq6 or sees_nothing or scale or not_seen and nan or strides or empty or decode_anywhere or memory and raster"
+    rungs = (
+        "every_mask and eq6 or sees_nothing or scale_0 or not_seen or strides or empty or anywhere or memory and raster"
+    )
     ladder = str(Path(__file__).with_name("test_masked_attention3d.py"))
     arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", rungs, ladder]
     code = f"import sys; sys.modules['vpfast._C'] = None; import pytest; sys.exit(pytest.main({arguments}))"
