@@ -156,6 +156,8 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
                 if frame.pts is not None:
                     ended = float((frame.pts + (frame.duration or 0) - (stream.start_time or 0)) * stream.time_base)
             announced = _announced(container, stream)
+            if "mp4" in container.format.name.split(","):
+                _check_index(path, stream, decoded)
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
         raise VideoError(
@@ -217,6 +219,16 @@ def _check_file(path: Path) -> None:
         raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _check_index(path: Path, stream: Any, decoded: int) -> None:
+    """Does every frame that the index tells of lie within the file? FFmpeg plays one that was cut off in silence."""
+    end, size = max((entry.pos + entry.size for entry in stream.index_entries), default=0), path.stat().st_size
+    if end > size:
+        raise VideoError(
+            f"{path}: ends after {decoded} frames, it was cut off: its index tells of {end} bytes and it has {size}; "
+            "copy the file again"
+        )
+
+
 def _check_gif(path: Path) -> None:
     """Walk over the blocks to the trailer: FFmpeg plays a GIF that was cut off as one with fewer frames."""
     with open(path, "rb") as file:
@@ -253,6 +265,8 @@ def _video_stream(container: Any, path: Path) -> Any:
     if not streams:
         kinds = sorted({s.type for s in container.streams})
         raise VideoError(f"{path}: holds no video stream (only {', '.join(kinds) or 'nothing that can be decoded'})")
+    if streams[0].codec_context is None:
+        raise VideoError(f"{path}: its video is of a kind that FFmpeg cannot decode, or the file is damaged")
     return streams[0]
 
 
