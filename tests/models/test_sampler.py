@@ -273,10 +273,34 @@ def test_an_unknown_order_is_refused() -> None:
         sample(network(), clip(), 1, order="zigzag")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sampler", [sample, sample_naively])
+@pytest.mark.parametrize("conditioning", CONDITIONING)
 @pytest.mark.parametrize("attention", ["full", "none"])
-def test_weights_that_are_not_finite_are_told(attention: str) -> None:
-    prior = network(attention=attention)
+@pytest.mark.parametrize("name", ["stem.bias", "heads.0.bias"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_that_are_not_finite_are_told(
+    sampler: Callable[..., Tensor], conditioning: str, attention: str, name: str, backend: str
+) -> None:
+    """Those of the first layer's logits alone too, of which nothing reaches those of later layers and positions."""
+    prior = network(conditioning=conditioning, attention=attention)
     with torch.no_grad():
-        prior.stem.bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match="logits that are not finite"):
-        sample(prior, clip(), 1)
+        prior.get_parameter(name)[0] = torch.nan
+    with vpfast.backend(backend), pytest.raises(ValueError, match="logits that are not finite"):
+        sampler(prior, clip(), 1)
+
+
+@pytest.mark.parametrize("code_order", CODE_ORDER)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_logits_that_are_not_finite_at_a_single_position_are_told(code_order: str, backend: str) -> None:
+    """Without attention nothing of them is seen further on."""
+    prior = network(attention="none", code_order=code_order)
+    codes = torch.ones(1, 2, 12, 12, 2, dtype=torch.int64)
+    with torch.no_grad():
+        for head in prior.heads:
+            head.bias[1] += 100  # so that 1 is all that is chosen
+        prior.embed[0].weight[2] = torch.inf
+    with vpfast.backend(backend):
+        assert (sample(prior, codes, 1) == 1).all()
+        codes[0, 1, 0, 0, 0] = 2
+        with pytest.raises(ValueError, match="logits that are not finite"):
+            sample(prior, codes, 1)

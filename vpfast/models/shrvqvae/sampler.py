@@ -83,6 +83,7 @@ class _Clip:
 
     ``codes``: int64 (B, T H W, n). ``seen``: (B, cells, C), the codes as the stem sees them in past frames.
     ``networks``: one, or one for each layer of codes, where each has a pass of its own.
+    ``total``: the sum of all logits, finite only if each of them is.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class _Clip:
             self.seen = torch.zeros_like(self.seen)
         self.codes = codes.new_zeros(batch, (context + horizon) * height * width, layers)
         self.codes[:, : context * height * width] = codes.flatten(1, 3)
-        self.logits: Tensor | None = None
+        self.total = torch.zeros((), dtype=torch.float64, device=codes.device)
 
     def repeat(self, futures: int) -> None:
         """Every clip as often, one after another."""
@@ -114,8 +115,8 @@ class _Clip:
         self.seen = self.seen.repeat_interleave(futures, 0) if self.by_layer else self.networks[0].stem.inputs
 
     def check(self) -> None:
-        """Raise ValueError where logits were not finite: what is not finite anywhere has reached the last ones."""
-        if self.logits is not None and not torch.isfinite(self.logits).all():
+        """Raise ValueError where logits were not finite."""
+        if not torch.isfinite(self.total):
             raise ValueError(NOT_FINITE)
 
     def look_at(self, context: int) -> None:
@@ -216,8 +217,8 @@ class _Clip:
         layers = range(layer, layer + 1) if self.by_layer else range(codes.shape[-1])
         for each in layers:
             logits = self.prior.logits_of(features, each, codes[..., :each])
+            self.total += logits.sum(dtype=torch.float64)
             codes[..., each] = self.choice(logits, places.times, places.cells, each)
-        self.logits = logits
         self.codes.index_copy_(1, places.positions, codes)
         self.show(places, layer)
         self.update(len(places.positions) * len(layers))
@@ -257,6 +258,8 @@ def sample_naively(
         for t, (layer, cell) in itertools.product(range(context, context + horizon if batch else 0), list(order)):
             place = (slice(None), t, cell // width, cell % width, layer)
             logits = prior(clip)[place].unsqueeze(1)
+            if not torch.isfinite(logits).all():
+                raise ValueError(NOT_FINITE)
             times, position = clip.new_tensor([t]), clip.new_tensor([cell])
             clip[place] = choice(logits, times, position, layer).squeeze(1)
             update(1)
