@@ -177,7 +177,7 @@ def test_it_compiles_whole(axial: bool) -> None:
     ("arguments", "error", "message"),
     [
         ({"heads": 0}, ValueError, r"heads must be .* at least 1, got 0"),
-        ({"heads": 13}, ValueError, r"head_dim must be .* at least 1, got 0"),
+        ({"heads": 13}, ValueError, r"12 channels do not share out among 13 heads; give head_dim"),
         ({"mask": "causal"}, ValueError, r"'causal' is unknown; choose one of 'raster'"),
         ({"mask": None}, TypeError, r"mask must be a vpfast.ops.Mask3d or the name of one, got None"),
     ],
@@ -200,6 +200,11 @@ def test_refused_input() -> None:
         attention.extend(rows(maps())[:, :3], torch.arange(2), cache)
     with pytest.raises(ValueError, match=r"got \(1, 36, 12\)"):
         attention.extend(rows(maps(batch=1)), torch.arange(36), cache)
+    for step in (attention.extend, attention.keep):
+        with pytest.raises(TypeError, match=r"the input is torch.float32 and the weights are torch.float64"):
+            step(rows(maps())[:, :1].float(), torch.tensor([3]), cache)
+        with pytest.raises(TypeError, match=r"takes a tensor \(2, n, 12\), got list"):
+            step([1.0], torch.tensor([3]), cache)
     with pytest.raises(IndexError, match=r"index 36 is out of bounds .* size 36"):
         attention.extend(rows(maps())[:, :1], torch.tensor([36]), cache)
     with pytest.raises(TypeError, match=r"positions must be an int64 tensor, got torch.int32"):
@@ -233,5 +238,8 @@ def test_positions_tell_all_places_apart() -> None:
 def test_positions_refuse() -> None:
     with pytest.raises(ValueError, match=r"grid must be \(T, H, W\).* got \(3, 4\)"):
         sinusoidal_positions((3, 4), 8)
-    with pytest.raises(ValueError, match=r"channels must be .* at least 1, got 0"):
-        sinusoidal_positions(GRID, 0)
+    with pytest.raises(ValueError, match=r"grid must be \(T, H, W\).* got \(3, 4, 2\.5\)"):
+        sinusoidal_positions((3, 4, 2.5), 8)  # type: ignore[arg-type]
+    for channels in (0, 2.5):
+        with pytest.raises(ValueError, match=f"channels must be .* at least 1, got {channels}"):
+            sinusoidal_positions(GRID, channels)  # type: ignore[arg-type]

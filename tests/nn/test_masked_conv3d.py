@@ -230,3 +230,6 @@ def test_refused_maps() -> None:
         conv(torch.rand(1, 2, 2, 4, 4, device="meta"))
     with pytest.raises(ValueError, match=r"no taps at lag 0"):
         MaskedConv3d(2, 3, mask="A", conditioning="eq6").frame_taps(torch.rand(1, 2, 4, 4), 0)
+    for lag in (-1, 3):
+        with pytest.raises(ValueError, match=rf"kernel_size \(3, 3, 3\).* has no taps at lag {lag}"):
+            MaskedConv3d(2, 3, kernel_size=(3, 3, 3)).frame_taps(torch.rand(1, 2, 4, 4), lag)

@@ -128,6 +128,11 @@ def _check_layout(owner: str, x: Tensor, layout: str, channels: int, weight: Ten
         raise ValueError(f"{owner} takes maps of shape {layout}, got {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"{owner}: the input is on {x.device} and the weights on {weight.device}; move one of them")
+    check_type(owner, x, weight)
+
+
+def check_type(owner: str, x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError unless ``x`` is floating point and, without autocast, of the type of ``weight``."""
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast_converts(x, weight)):
         raise TypeError(f"{owner}: the input is {x.dtype} and the weights are {weight.dtype}; convert one of them")
 

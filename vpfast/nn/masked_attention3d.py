@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpfast.nn._common import as_integer, check_counts, check_volumes
+from vpfast.nn._common import as_integer, check_counts, check_type, check_volumes
 from vpfast.nn.positions import sinusoidal_positions
 from vpfast.ops import Mask3d, masked_attention3d, masked_attention3d_decode
 
@@ -59,6 +59,8 @@ class MaskedAttention3d(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(_OWNER, dim=dim, heads=heads)
+        if head_dim is None and heads > dim:
+            raise ValueError(f"{_OWNER}: {dim} channels do not share out among {heads} heads; give head_dim")
         head_dim = dim // heads if head_dim is None else head_dim
         check_counts(_OWNER, head_dim=head_dim)
         if not isinstance(mask, (str, Mask3d)):
@@ -154,11 +156,14 @@ class MaskedAttention3d(nn.Module):
         if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
             given = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
             raise TypeError(f"{_OWNER}: positions must be an int64 tensor, got {given}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{_OWNER}: extend takes a tensor ({batch}, n, {self.dim}), got {type(x).__name__}")
         if x.dim() != 3 or x.shape[0] != batch or x.shape[2] != self.dim or positions.shape != x.shape[1:2]:
             raise ValueError(
                 f"{_OWNER}: extend takes x ({batch}, n, {self.dim}) and positions (n,) beside this cache, got "
                 f"{tuple(x.shape)} and {tuple(positions.shape)}"
             )
+        check_type(_OWNER, x, self.qkv.weight)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, dim) -> q, k, v, each (B, heads, n, head_dim), views of one tensor."""

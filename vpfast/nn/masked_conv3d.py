@@ -116,10 +116,16 @@ class MaskedConv3d(nn.Module):
         """What single frames (N, in_channels, H, W) add to the output ``lag`` frames later: (N, out_channels, H, W).
 
         ``lag`` 0 is the present frame, up to kt - 1; ``frames`` should be channels_last, as the result is.
+
+        Raises:
+            ValueError: a lag at which there are no taps.
         """
         weight = self.present if lag == 0 else self.past
-        if weight is None:
-            raise ValueError(f"{_OWNER}: mask {self.mask!r}, {self.conditioning!r} leaves no taps at lag {lag}")
+        if weight is None or not 0 <= lag < self.kernel_size[0]:
+            raise ValueError(
+                f"{_OWNER}: kernel_size {self.kernel_size}, mask {self.mask!r}, {self.conditioning!r} has no taps at "
+                f"lag {lag}"
+            )
         taps = weight if lag == 0 else weight[:, :, -lag]
         _, height, width = self.kernel_size
         rows = -(-taps.shape[-1] // width)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vpfast.nn._common import as_integer
+
 _LONGEST = 100.0
 """Wavelengths reach from 2 pi cells to almost this many times that, which tells apart the positions of any clip."""
 
@@ -24,9 +26,10 @@ def sinusoidal_positions(
     Raises:
         ValueError: a grid that is not three sizes of at least 0, or fewer than one channel.
     """
-    if len(grid) != 3 or min(grid) < 0:
+    sizes = [as_integer(size) for size in grid]
+    if len(sizes) != 3 or any(size is None or size < 0 for size in sizes):
         raise ValueError(f"sinusoidal_positions: grid must be (T, H, W), three sizes of at least 0, got {grid!r}")
-    if channels < 1:
+    if (as_integer(channels) or 0) < 1:
         raise ValueError(f"sinusoidal_positions: channels must be an integer of at least 1, got {channels!r}")
     channel = torch.arange(channels, device=device)
     pair = channel // 2
