@@ -48,6 +48,8 @@ def test_unknown_key_names_the_nearest():
         ({"loss": {"feedback": "foo"}}, "loss.feedback"),
         ({"optim": {"schedule": "step"}}, "optim.schedule"),
         ({"precision": "fp8"}, "precision"),
+        ({"model": "mspn"}, "model"),
+        ({"stages": ["prior"]}, "stages"),
         ({"device": "cuda"}, "device"),
         ({"loss": {"feedback": "random", "feedback_range": [5, 3]}}, "loss.feedback_range"),
         ({"loss": {"feedback": "random", "feedback_range": [3, 20]}}, "loss.feedback_range"),

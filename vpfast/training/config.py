@@ -47,6 +47,8 @@ def _check_values(config: Any, prefix: str = "") -> None:
         elif kinds == {float}:
             fine = isinstance(value, int | float) and math.isfinite(value)
             _require(fine, prefix + name, repr(value), "a finite number")
+        elif get_origin(hint) is dict:
+            _require(isinstance(value, dict), prefix + name, repr(value), "keys and values")
         elif kinds <= set(_PLAIN):
             (kind,) = kinds
             fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
