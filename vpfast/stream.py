@@ -29,7 +29,8 @@ class Stream(Generic[S]):
     >>> second_ahead = stream.rollout(25)
 
     A frame is (C, H, W), or (B, C, H, W) for several videos side by side; what comes back has the same dimensions.
-    Each frame costs one evaluation of the network.
+    Each frame costs one evaluation of an MSPN; an S-HR-VQVAE looks again at the codes of all frames so far, and samples
+    those of the next.
     """
 
     def __init__(self, model: FramePredictor[S]) -> None:
