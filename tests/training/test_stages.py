@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -328,18 +330,37 @@ def test_what_is_there_is_not_trained_again(staged):
     assert [record["step"] for record in log(Path(config.out) / "joint")] == [1, 2, 3]
 
 
-def test_a_stopped_stage_is_saved(staged, monkeypatch):
-    import os
-    import signal
+@pytest.fixture
+def stopped(monkeypatch):
+    """A signal comes while that step of a stage is computed."""
 
-    recipe = STAGES["shrvqvae"]["prior"]
+    def stop(stage, step):
+        recipe = STAGES["shrvqvae"][stage]
 
-    def stopped(model, frames, config, at):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return recipe.objective(model, frames, config, at)
+        def objective(model, frames, config, at):
+            if at + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return recipe.objective(model, frames, config, at)
 
-    monkeypatch.setitem(STAGES["shrvqvae"], "prior", dataclasses.replace(recipe, objective=stopped))
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 1; saved in .*/prior"):
+        monkeypatch.setitem(STAGES["shrvqvae"], stage, dataclasses.replace(recipe, objective=objective))
+
+    return stop
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_stopped_stage_is_saved_and_no_other_begins(staged, stopped, step):
+    """In its last step too."""
+    stopped("prior", step)
+    with pytest.raises(Stopped, match=rf"stopped by SIGTERM after step {step}; saved in .*/prior"):
         train(staged(**SHORT), progress=False)
-    saved = checkpoint.found(Path(staged().out) / "prior" / "checkpoints")
-    assert [checkpoint.step_of(path) for path in saved] == [1]
+    out = Path(staged().out)
+    saved = checkpoint.found(out / "prior" / "checkpoints")
+    assert checkpoint.step_of(saved[-1]) == step
+    assert not (out / "joint").exists()
+    train(staged(**SHORT), resume=True, progress=False)
+    assert [record["step"] for record in log(out / "joint")] == [1, 2]
+
+
+def test_a_signal_in_the_very_last_step_stops_nothing(staged, stopped):
+    stopped("joint", 2)
+    assert train(staged(**SHORT), progress=False) == Path(staged().out) / "weights"

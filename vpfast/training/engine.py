@@ -39,13 +39,16 @@ class Stopped(Exception):  # noqa: N818 - not a failure
         self.signum = signum
 
 
-def run(config: TrainConfig, resume: bool = False, progress: bool = True, start: Path | None = None) -> Path:
+def run(
+    config: TrainConfig, resume: bool = False, progress: bool = True, start: Path | None = None, last: bool = True
+) -> Path:
     """Train in one go as ``config`` says and return the folder of the finished weights.
 
-    ``start``: the weights to start from where ``config.init`` names none. Otherwise, and for errors, see
-    :func:`vpfast.training.train`, which also knows models that are trained in stages.
+    ``start``: the weights to start from where ``config.init`` names none. ``last``: whether nothing follows, so that a
+    signal during the last step stops nothing any more. Otherwise, and for errors, see :func:`vpfast.training.train`,
+    which also knows models that are trained in stages.
     """
-    return _Run(config, resume, progress, start).run()
+    return _Run(config, resume, progress, start).run(last)
 
 
 class _Run:
@@ -87,7 +90,7 @@ class _Run:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> Path:
+    def run(self, last: bool) -> Path:
         config, main = self.config, self.accelerator.is_main_process
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,10 @@ class _Run:
                 if caught and self.step < config.steps:
                     raise Stopped(self.step, caught[0], config.out)
                 started = time.perf_counter()
-        return self._finish()
+        weights = self._finish()
+        if caught and not last:
+            raise Stopped(self.step, caught[0], config.out)
+        return weights
 
     def _batches(self) -> Iterator[Tensor]:
         config, accelerator = self.config, self.accelerator

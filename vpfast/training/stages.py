@@ -53,7 +53,7 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     for stage, each in runs.items():
         if main and progress:
             print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
-        start = engine.run(each, resume, progress, start)
+        start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1])
     assert start is not None
     if main:
         with new_folder(out / "weights", replace=True) as folder:
