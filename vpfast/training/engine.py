@@ -32,11 +32,13 @@ _FREE = ("out", "steps", "workers", "device", "val_every", "val_clips", "save_ev
 
 
 class Stopped(Exception):  # noqa: N818 - not a failure
-    """The run was asked to stop, has saved, and can be resumed."""
+    """The run in ``out`` was asked to stop after that step, of that stage if it has stages, has saved, and can be
+    resumed."""
 
-    def __init__(self, step: int, signum: int, out: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; saved in {out}, resume goes on")
-        self.signum = signum
+    def __init__(self, step: int, signum: int, out: str, stage: str | None = None) -> None:
+        where = f"step {step}" if stage is None else f"step {step} of stage {stage}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after {where}; saved in {out}, resume goes on")
+        self.step, self.signum = step, signum
 
 
 def run(

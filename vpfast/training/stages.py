@@ -53,7 +53,10 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     for stage, each in runs.items():
         if main and progress:
             print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
-        start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1])
+        try:
+            start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1])
+        except engine.Stopped as stop:  # it is the whole that is resumed, not the stage
+            raise engine.Stopped(stop.step, stop.signum, config.out, stage) from None
     assert start is not None
     if main:
         with new_folder(out / "weights", replace=True) as folder:
