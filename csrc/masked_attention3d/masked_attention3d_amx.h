@@ -1,83 +1,211 @@
-// The loops of masked_attention3d on matrix tiles. Included by masked_attention3d_kernel.h for AVX-512.
+// The loops of masked_attention3d on matrix tiles: what forward and backward share. Included by
+// masked_attention3d_kernel.h for AVX-512.
 //
 // Tiles multiply bfloat16 sixteen times as fast as registers multiply floats, and a float is the sum of three bfloat16:
 // x = x0 + x1 + x2, eight bits of the mantissa each. Of the nine products of two such sums the six that matter are
 // taken, x0 y0, x0 y1, x1 y0, x0 y2, x1 y1 and x2 y0; the others are below 2^-24 of the whole, like the rounding of a
-// float. bfloat16 itself needs one piece, half precision two.
+// float. Half precision and bfloat16 are taken for two pieces, and all four products.
 //
-// Everything lies in blocks of 32 positions, so that a tile is 1 KB in one stretch:
-//   by rows      [block][piece][chunk of 32 components][32 positions][32 components]
-//   by columns   [block][piece][component][32 positions]
-// Blocks count from the start of the sequence, so those of a line that starts in between hold keys of its neighbours:
-// masked ones, like what is beyond the last position, which is 0.
+// A face is 32 positions by 32 components in pieces, each two tiles of 16 rows of 16 pairs of bfloat16. Pairs are
+// numbers 16 apart, which takes no step across lanes, and any order of a sum will do:
+//   by rows    tile: 16 positions; row: a position;         pair: components j, j + 16   left factor, summed over d
+//   by pairs   tile: 16 components; row: positions j, j + 16; lane: a component          right factor, summed over L
+// Either may be turned, pairs for rows, for the other side of a product. Positions count from the start of the
+// sequence, 32 a block; what is beyond the last one, and beyond the last component, is 0.
+//
+// Tiles run beside the vector units as long as both find work among the 512 instructions in flight, and a step's tiles
+// alone are more than that: so the products of one step are strewn between the rows of another.
 
-// x as a sum of bfloat16 in the upper halves of 32 bits, the next piece each time.
+constexpr int64_t kFace = 2 * kTileElements;
+constexpr int32_t kUpperHalf = static_cast<int32_t>(0xffff0000);
+
+// --- pieces ---
+
 template <int pieces>
-VPFAST_INLINE IntLanes next_piece(F32& x) {
-  if (pieces == 1) return (IntLanes)x.v + 0x8000;  // rounded; what follows is dropped
-  const IntLanes piece = (IntLanes)x.v & (int32_t)0xffff0000;
-  x.v = x.v - (FloatLanes)piece;
-  return piece;
-}
+struct Split {
+  IntLanes rest[pieces];  // a piece each, in the upper halves
+};
 
-// Neighbours along the dimension that a product sums over, a's in the lower halves.
-VPFAST_INLINE IntLanes pair(IntLanes a, IntLanes b) {
-  return (IntLanes)((UintLanes)a >> 16) | (b & (int32_t)0xffff0000);
-}
-
-VPFAST_INLINE void store_upper_halves(uint16_t* p, IntLanes x) {
-  const ShortLanes halves = __builtin_convertvector((UintLanes)x >> 16, ShortLanes);
-  std::memcpy(p, &halves, sizeof halves);
-}
-
-// Rows `first` .. of one plane (length, d), 32 of them, to one block of pieces: by rows.
 template <int pieces>
-void block_by_rows(const float* from, int64_t first, int64_t length, int64_t dim, uint16_t* to) {
-  const int64_t chunks = round_up(dim, 32) / 32;
-  for (int64_t i = 0; i < kBlock; ++i) {
-    for (int64_t d = 0; d < chunks * 32; d += 16) {
-      const int part = first + i < length && d < dim ? static_cast<int>(least(16, dim - d)) : 0;
-      F32 x = load_part(from + (first + i) * dim + d, part);
-      for (int s = 0; s < pieces; ++s) {
-        store_upper_halves(to + ((s * chunks + d / 32) * kBlock + i) * 32 + d % 32, next_piece<pieces>(x));
-      }
-    }
-  }
-}
-
-// The same by columns, with the components rounded up to 16.
-template <int pieces>
-void block_by_columns(const float* from, int64_t first, int64_t length, int64_t dim, uint16_t* to) {
-  const int64_t rows = round_up(dim, 16);
-  for (int64_t d = 0; d < rows; ++d) {
-    for (int64_t i = 0; i < kBlock; i += 16) {
-      F32 x{};
-      for (int k = 0; k < 16; ++k) x.v[k] = first + i + k < length && d < dim ? from[(first + i + k) * dim + d] : 0.0f;
-      for (int s = 0; s < pieces; ++s) {
-        store_upper_halves(to + (s * rows + d) * kBlock + i, next_piece<pieces>(x));
-      }
-    }
-  }
-}
-
-// Tiles 0 .. 3 += two tiles of a, at `a` and `a_second` behind it, by two of b, over the products of pieces that
-// matter; pieces lie `a_piece` and `b_piece` apart.
-template <int pieces>
-VPFAST_INLINE void multiply_tiles(const uint16_t* a, int64_t a_second, int64_t a_piece, const uint16_t* b,
-                                  int64_t b_second, int64_t b_piece) {
+VPFAST_INLINE Split<pieces> split(F32 x) {
+  Split<pieces> to;
 #pragma GCC unroll 3
   for (int s = 0; s < pieces; ++s) {
-    VPFAST_TILE_LOAD(4, a + s * a_piece, 64);
-    VPFAST_TILE_LOAD(5, a + s * a_piece + a_second, 64);
+    to.rest[s] = (IntLanes)x.v;
+    x.v = x.v - (FloatLanes)((IntLanes)x.v & kUpperHalf);
+  }
+  return to;
+}
+
+// Upper halves, a's below b's.
+VPFAST_INLINE IntLanes join(IntLanes a, IntLanes b) {
+  constexpr int kBitsOfFirstWhereSecondOrThird = 0xea;
+  return (IntLanes)_mm512_ternarylogic_epi32((__m512i)b, _mm512_set1_epi32(kUpperHalf), (__m512i)((UintLanes)a >> 16),
+                                             kBitsOfFirstWhereSecondOrThird);
+}
+
+template <int pieces>
+VPFAST_INLINE void store_joined(uint16_t* to, const Split<pieces>& a, const Split<pieces>& b) {
 #pragma GCC unroll 3
-    for (int r = 0; r < pieces - s; ++r) {
-      VPFAST_TILE_LOAD(6, b + r * b_piece, 64);
-      VPFAST_TILE_LOAD(7, b + r * b_piece + b_second, 64);
-      VPFAST_TILE_MULTIPLY(0, 4, 6);
-      VPFAST_TILE_MULTIPLY(1, 4, 7);
-      VPFAST_TILE_MULTIPLY(2, 5, 6);
-      VPFAST_TILE_MULTIPLY(3, 5, 7);
+  for (int s = 0; s < pieces; ++s) {
+    const IntLanes both = join(a.rest[s], b.rest[s]);
+    std::memcpy(to + s * kFace, &both, sizeof both);
+  }
+}
+
+// --- faces ---
+
+struct Turn {  // of 2 x 2 squares, `size` wide, in two rows `size` apart
+  IntLanes upper, lower;
+};
+
+VPFAST_INLINE Turn turn_of(int size) {
+  Turn turn;
+  for (int k = 0; k < 16; ++k) {
+    turn.upper[k] = k & size ? 16 + k - size : k;
+    turn.lower[k] = k & size ? 16 + k : k + size;
+  }
+  return turn;
+}
+
+VPFAST_INLINE void transpose(IntLanes (&rows)[16]) {
+#pragma GCC unroll 4
+  for (int size = 1; size < 16; size *= 2) {
+    const Turn turn = turn_of(size);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i & size) continue;
+      const __m512i a = (__m512i)rows[i], b = (__m512i)rows[i + size];
+      rows[i] = (IntLanes)_mm512_permutex2var_epi32(a, (__m512i)turn.upper, b);
+      rows[i + size] = (IntLanes)_mm512_permutex2var_epi32(a, (__m512i)turn.lower, b);
     }
+  }
+}
+
+// Rows of `dim` components, the first `count` of them there: 16 components of one.
+struct Source {
+  const float* rows;
+  int64_t count, dim;
+
+  VPFAST_INLINE F32 at(int64_t row, int64_t component) const {
+    const int64_t part = row < count ? most(0, least(16, dim - component)) : 0;
+    return {(FloatLanes)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << part) - 1), rows + row * dim + component)};
+  }
+};
+
+VPFAST_INLINE void store_components(float* to, F32 x, int64_t left) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << least(16, left)) - 1), (__m512)x.v);
+}
+
+enum class Order { rows, pairs };
+
+// A block of 32 rows, times `factor`, to its faces, one for each 32 components.
+template <int pieces, Order order, bool turned>
+void pack(const Source& from, float factor, uint16_t* to) {
+  for (int64_t d = 0; d < from.dim; d += 32, to += pieces * kFace) {
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      IntLanes packed[pieces][16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        const bool rows = order == Order::rows;
+        const F32 a = rows ? from.at(tile * 16 + i, d) : from.at(i, d + tile * 16);
+        const F32 b = rows ? from.at(tile * 16 + i, d + 16) : from.at(i + 16, d + tile * 16);
+        const Split<pieces> first = split<pieces>(factor * a), second = split<pieces>(factor * b);
+#pragma GCC unroll 3
+        for (int s = 0; s < pieces; ++s) packed[s][i] = join(first.rest[s], second.rest[s]);
+      }
+#pragma GCC unroll 3
+      for (int s = 0; s < pieces; ++s) {
+        if (turned) transpose(packed[s]);
+        std::memcpy(to + s * kFace + tile * kTileElements, packed[s], sizeof packed[s]);
+      }
+    }
+  }
+}
+
+// Of 16 rows, from the `first` on, the sums of x times y.
+VPFAST_INLINE F32 row_products(const Source& x, const Source& y, int64_t first) {
+  IntLanes sums[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    F32 sum{};
+    for (int64_t d = 0; d < x.dim; d += 16) sum = sum + x.at(first + i, d) * y.at(first + i, d);
+    sums[i] = (IntLanes)sum.v;
+  }
+  transpose(sums);
+  F32 total{};
+  for (int64_t i = 0; i < 16; ++i) total.v = total.v + (FloatLanes)sums[i];
+  return total;
+}
+
+// The square of the longest of 32 rows. Bits of positive floats are in the floats' order, and after them infinities and
+// NaN.
+float longest_squared(const Source& from) {
+  IntLanes longest{};
+  for (int64_t first = 0; first < kBlock; first += 16) {
+    const IntLanes bits = (IntLanes)row_products(from, from, first).v & 0x7fffffff;
+    longest = bits > longest ? bits : longest;
+  }
+  int32_t bits = 0;
+  for (int k = 0; k < 16; ++k) bits = static_cast<int32_t>(most(bits, longest[k]));
+  float squared;
+  std::memcpy(&squared, &bits, sizeof squared);
+  return squared;
+}
+
+// --- products ---
+
+struct Factors {
+  int a, b;
+};
+
+// Which pieces are multiplied, so that each time one of them is still there.
+template <int pieces>
+constexpr int kProducts = pieces == 3 ? 6 : 4;
+template <int pieces>
+constexpr Factors kOrder[6] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
+template <>
+constexpr Factors kOrder<2>[6] = {{0, 1}, {1, 1}, {1, 0}, {0, 0}};
+
+// Rows of work, done a few at a time in the pauses between products.
+template <int pieces>
+constexpr int kPauses = 3 * kProducts<pieces>;  // of a product of faces
+
+template <class Row>
+struct Strewn {
+  const Row& row;
+  int64_t next = 0, rows, each;
+
+  VPFAST_INLINE Strewn(const Row& row, int64_t rows, int64_t pauses)
+      : row(row), rows(rows), each((rows + pauses - 1) / pauses) {}
+  VPFAST_INLINE void operator()() {
+    for (const int64_t end = least(next + each, rows); next < end; ++next) row(next);
+  }
+  VPFAST_INLINE void rest() {
+    for (; next < rows; ++next) row(next);
+  }
+};
+
+// Tiles 0 .. 3 += the face at a by the face at b.
+template <int pieces, class Pause>
+VPFAST_INLINE void multiply_faces(const uint16_t* a, const uint16_t* b, Pause& pause) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kProducts<pieces>; ++i) {
+    const Factors now = kOrder<pieces>[i];
+    if (i == 0 || now.a != kOrder<pieces>[i - 1].a) {
+      VPFAST_TILE_LOAD(4, a + now.a * kFace, 64);
+      VPFAST_TILE_LOAD(5, a + now.a * kFace + kTileElements, 64);
+    }
+    if (i == 0 || now.b != kOrder<pieces>[i - 1].b) {
+      VPFAST_TILE_LOAD(6, b + now.b * kFace, 64);
+      VPFAST_TILE_LOAD(7, b + now.b * kFace + kTileElements, 64);
+    }
+    VPFAST_TILE_MULTIPLY(0, 4, 6);
+    pause();
+    VPFAST_TILE_MULTIPLY(1, 4, 7);
+    pause();
+    VPFAST_TILE_MULTIPLY(2, 5, 6);
+    VPFAST_TILE_MULTIPLY(3, 5, 7);
+    pause();
   }
 }
 
@@ -88,195 +216,93 @@ VPFAST_INLINE void zero_tiles() {
   VPFAST_TILE_ZERO(3);
 }
 
-// 32 x 32 floats, row by row.
-VPFAST_INLINE void load_tiles(const float* from) {
-  VPFAST_TILE_LOAD(0, from, 128);
-  VPFAST_TILE_LOAD(1, from + 16, 128);
-  VPFAST_TILE_LOAD(2, from + 512, 128);
-  VPFAST_TILE_LOAD(3, from + 528, 128);
+// 32 x 32 floats, rows `width` apart.
+VPFAST_INLINE void load_tiles(const float* from, int64_t width) {
+  VPFAST_TILE_LOAD(0, from, width * 4);
+  VPFAST_TILE_LOAD(1, from + 16, width * 4);
+  VPFAST_TILE_LOAD(2, from + 16 * width, width * 4);
+  VPFAST_TILE_LOAD(3, from + 16 * width + 16, width * 4);
 }
 
-VPFAST_INLINE void store_tiles(float* to) {
-  VPFAST_TILE_STORE(0, to, 128);
-  VPFAST_TILE_STORE(1, to + 16, 128);
-  VPFAST_TILE_STORE(2, to + 512, 128);
-  VPFAST_TILE_STORE(3, to + 528, 128);
+VPFAST_INLINE void store_tiles(float* to, int64_t width) {
+  VPFAST_TILE_STORE(0, to, width * 4);
+  VPFAST_TILE_STORE(1, to + 16, width * 4);
+  VPFAST_TILE_STORE(2, to + 16 * width, width * 4);
+  VPFAST_TILE_STORE(3, to + 16 * width + 16, width * 4);
 }
 
-// --- forward: 32 queries in the lanes of two registers, 64 keys at a time ---
+// --- weights ---
 
-template <int pieces>
-struct ForwardTiles {
-  static constexpr int64_t kWidth = 32, kStep = 32;
+// 2^x where `some`, else 0. Relative error 1.5e-7: 2^x = 2^n 2^f, 0 <= f < 1, with a minimax fit of 2^f.
+VPFAST_INLINE F32 exp2_where(__mmask16 some, F32 x) {
+  constexpr float k0 = 0.999999925f, k1 = 0.693153073f, k2 = 0.240153617f, k3 = 0.0558263181f, k4 = 0.00898934002f,
+                  k5 = 0.0018775767f;
+  const FloatLanes f = (FloatLanes)_mm512_reduce_ps((__m512)x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const FloatLanes y = ((((k5 * f + k4) * f + k3) * f + k2) * f + k1) * f + k0;
+  return {(FloatLanes)_mm512_maskz_scalef_ps(some, (__m512)y, (__m512)x.v)};
+}
 
-  const Forward<float>& p;
-  const uint16_t *keys, *values;  // of the plane: by rows, by columns
-  int64_t first, count, chunks, rows;
-  float *out, *scores, *high, *sum;  // (rows, 32), (64, 32), (32), (32)
-  uint16_t *queries, *weights;       // [piece][chunk][2][tile of pairs], [piece][2 x 32 keys][2][tile of pairs]
-  Place places[kMaxTile];
-  View view;
-  float unit;
+// --- which keys ---
 
-  VPFAST_INLINE ForwardTiles(const Forward<float>& problem, int64_t first, int64_t count, float* scratch)
-      : p(problem), first(first), count(count) {
-    chunks = round_up(p.dim, 32) / 32;
-    rows = chunks * 32;
-    out = scratch;
-    scores = out + rows * kWidth;
-    high = scores + kStep * kWidth;
-    sum = high + kWidth;
-    queries = reinterpret_cast<uint16_t*>(sum + kWidth);
-    weights = queries + pieces * chunks * 2 * kTileElements;
-    for (int64_t i = 0; i < count; ++i) places[i] = place_of(p.mask, first + i);
-    for (int64_t i = 0; i < kMaxTile; ++i) view.begin[i] = view.end[i] = 0;
-    unit = std::fabs(p.scale) * 1.44269504f;
-  }
+// Of each of 32 queries the keys [begin, end) of one line.
+struct Seen {
+  IntLanes begin[2], end[2];
 
-  void run(int64_t plane) {
-    begin(p.plane(p.q, plane) + first * p.dim);
-    keys = p.keys + plane * p.blocks * pieces * rows * kBlock;
-    values = p.values + plane * p.blocks * pieces * round_up(p.dim, 16) * kBlock;
-    bool seen[kMaxTile] = {};
-    for_each_line(p.mask, places[0], places[count - 1], [&](int64_t t, int64_t y, int64_t start) {
-      look(view, p.mask, places, count, t, y);
-      for (int64_t i = 0; i < count; ++i) seen[i] |= view.begin[i] < view.end[i];
-      if (view.any.empty()) return;
-      const int64_t last = start + view.any.end;
-      for (int64_t key = (start + view.any.begin) / kBlock * kBlock; key < last; key += kStep) {
-        const int64_t blocks = least(kStep / 32, (last - key + kBlock - 1) / kBlock), offset = key - start;
-        if (view.all.begin <= offset && offset + blocks * kBlock <= view.all.end) {
-          take<false>(key / kBlock, offset, blocks);
-        } else {
-          take<true>(key / kBlock, offset, blocks);
-        }
-      }
-    });
-    finish(plane, seen);
-  }
-
-  void begin(const float* q) {
-    const float sign = p.scale < 0 ? -1.0f : 1.0f;
-    for (int64_t d = 0; d < rows; d += 2) {
-      for (int64_t half = 0; half < 2; ++half) {
-        F32 even{}, odd{};
-        for (int64_t k = 0; k < 16; ++k) {
-          const int64_t i = half * 16 + k;
-          even.v[k] = i < count && d < p.dim ? sign * q[i * p.dim + d] : 0.0f;
-          odd.v[k] = i < count && d + 1 < p.dim ? sign * q[i * p.dim + d + 1] : 0.0f;
-        }
-        for (int s = 0; s < pieces; ++s) {
-          const IntLanes a = next_piece<pieces>(even), b = next_piece<pieces>(odd);
-          const IntLanes both = pair(a, b);
-          std::memcpy(queries + ((s * chunks + d / 32) * 2 + half) * kTileElements + d % 32 * 16, &both, sizeof both);
-        }
-      }
+  VPFAST_INLINE Interval any() const {
+    Interval any{INT32_MAX, 0};
+    for (int half = 0; half < 2; ++half) {
+      const IntLanes low = begin[half] < end[half] ? begin[half] : INT32_MAX - IntLanes{};
+      for (int k = 0; k < 16; ++k) any = {least(any.begin, low[k]), most(any.end, end[half][k])};
     }
-    for (int64_t i = 0; i < rows * kWidth; ++i) out[i] = 0;
-    for (int64_t i = 0; i < kWidth; ++i) {
-      high[i] = -__builtin_huge_valf();
-      sum[i] = 0;
-    }
-  }
-
-  // Blocks of keys: scores, weights, outputs. `offset`: of their first key from the start of the line.
-  template <bool masked>
-  VPFAST_INLINE void take(int64_t block, int64_t offset, int64_t blocks) {
-    const int64_t key_block = pieces * rows * kBlock;
-    for (int64_t b = 0; b < blocks; ++b) {
-      zero_tiles();
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        multiply_tiles<pieces>(keys + (block + b) * key_block + chunk * 2 * kTileElements, kTileElements,
-                               chunks * 2 * kTileElements, queries + chunk * 2 * kTileElements, kTileElements,
-                               chunks * 2 * kTileElements);
-      }
-      store_tiles(scores + b * kBlock * kWidth);
-    }
-    weigh<masked>(offset, blocks * kBlock);
-    const int64_t value_rows = round_up(p.dim, 16), value_block = pieces * value_rows * kBlock;
-    for (int64_t d = 0; d < value_rows; d += 32) {
-      load_tiles(out + d * kWidth);
-      // The last 16 components may be half a pair of tiles: the second is then the first again, and its sums are not
-      // used.
-      const int64_t second = d + 16 < value_rows ? kTileElements : 0;
-      for (int64_t b = 0; b < blocks; ++b) {
-        multiply_tiles<pieces>(values + (block + b) * value_block + d * kBlock, second, value_rows * kBlock,
-                               weights + b * 2 * kTileElements, kTileElements, 4 * kTileElements);
-      }
-      store_tiles(out + d * kWidth);
-    }
-  }
-
-  template <bool masked>
-  VPFAST_INLINE void weigh(int64_t offset, int64_t keys) {
-    const F32 nothing = F32::broadcast(-__builtin_huge_valf());
-    F32 highest[2] = {nothing, nothing}, base[2], total[2], scale[2];
-    for (int64_t row = 0; row < keys; ++row) {
-      const IntLanes index = Integers<F32>::broadcast(static_cast<int32_t>(offset + row));
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        float* at = scores + row * kWidth + c * 16;
-        F32 score = load(at);
-        if (masked) {
-          score = choose(index, Integers<F32>::load(view.begin + c * 16), Integers<F32>::load(view.end + c * 16), score,
-                         nothing);
-          store(at, score);
-        }
-        highest[c] = maximum(highest[c], score);
-      }
-    }
-#pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) {
-      const F32 before = load(high + c * 16);
-      highest[c] = maximum(before, F32::broadcast(unit) * highest[c]);
-      base[c] = where_equal(highest[c], nothing, F32::broadcast(0), highest[c]);
-      scale[c] = exp2(before - base[c]);
-      total[c] = load(sum + c * 16) * scale[c];
-      store(high + c * 16, highest[c]);
-    }
-    for (int64_t row = 0; row < keys; row += 2) {
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        const float* at = scores + row * kWidth + c * 16;
-        F32 even = exp2(F32::broadcast(unit) * load(at) - base[c]);
-        F32 odd = exp2(F32::broadcast(unit) * load(at + kWidth) - base[c]);
-        total[c] = total[c] + even + odd;
-        uint16_t* to = weights + (row / kBlock * 2 + c) * kTileElements + row % kBlock * 16;
-#pragma GCC unroll 3
-        for (int s = 0; s < pieces; ++s) {
-          const IntLanes a = next_piece<pieces>(even), b = next_piece<pieces>(odd);
-          const IntLanes both = pair(a, b);
-          std::memcpy(to + s * 4 * kTileElements, &both, sizeof both);
-        }
-      }
-    }
-#pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) store(sum + c * 16, total[c]);
-    if (all_ones(scale[0], scale[1])) return;  // no maximum has moved
-    for (int64_t d = 0; d < p.dim; ++d) {
-      store(out + d * kWidth, load(out + d * kWidth) * scale[0]);
-      store(out + d * kWidth + 16, load(out + d * kWidth + 16) * scale[1]);
-    }
-  }
-
-  static VPFAST_INLINE bool all_ones(F32 a, F32 b) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return (_mm512_cmp_ps_mask((__m512)a.v, one, _CMP_EQ_OQ) & _mm512_cmp_ps_mask((__m512)b.v, one, _CMP_EQ_OQ)) ==
-           0xffff;
-  }
-
-  VPFAST_INLINE void finish(int64_t plane, const bool* seen) {
-    float* to = p.out + (plane * p.mask.length() + first) * p.dim;
-    float* lse = p.lse + plane * p.mask.length() + first;
-    for (int64_t i = 0; i < count; ++i) {
-      const float share = 1.0f / sum[i];
-      for (int64_t d = 0; d < p.dim; ++d) to[i * p.dim + d] = seen[i] ? out[d * kWidth + i] * share : 0.0f;
-      lse[i] = (high[i] + std::log2(sum[i])) * 0.69314718f;
-    }
+    return any;
   }
 };
 
-template <int pieces>
-void forward_on_tiles(const Forward<float>& p, int64_t plane, int64_t first, int64_t count, float* scratch) {
-  ForwardTiles<pieces>(p, first, count, scratch).run(plane);
+VPFAST_INLINE Seen look(const Mask& mask, const Sight& sight, int64_t t, int64_t y) {
+  const int32_t line_t = static_cast<int32_t>(t), line_y = static_cast<int32_t>(y);
+  const int32_t before = static_cast<int32_t>(mask.line == Line::row ? y * mask.columns : 0);
+  const int32_t radius_t = static_cast<int32_t>(mask.radius_t), radius_y = static_cast<int32_t>(mask.radius_y);
+  Seen seen;
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const auto of = [&](const int32_t* p) __attribute__((always_inline)) { return Integers<F32>::load(p + half * 16); };
+    const IntLanes ahead = of(sight.t) - line_t, aside = of(sight.y) - line_y;
+    const IntLanes shown = (ahead > 0 ? of(sight.earlier) : of(sight.own)) - before;
+    const IntLanes near = (ahead >= 0) & (ahead <= radius_t) & (aside <= radius_y) & (-aside <= radius_y);
+    const IntLanes end = of(sight.end);
+    seen.begin[half] = of(sight.begin);
+    seen.end[half] = (shown < end ? shown : end) & near;
+  }
+  return seen;
+}
+
+// Of each of 32 queries the keys of one block that it sees, a bit each.
+struct Bits {
+  IntLanes of[2];
+
+  VPFAST_INLINE bool none() const {
+    return _mm512_test_epi32_mask((__m512i)(of[0] | of[1]), (__m512i)(of[0] | of[1])) == 0;
+  }
+  VPFAST_INLINE bool all() const {
+    return _mm512_cmpeq_epi32_mask((__m512i)(of[0] & of[1]), _mm512_set1_epi32(-1)) == 0xffff;
+  }
+  VPFAST_INLINE void add(const Bits& more) {
+    of[0] |= more.of[0];
+    of[1] |= more.of[1];
+  }
+};
+
+// Of the block that starts `offset` after the line does.
+VPFAST_INLINE Bits bits_of(const Seen& seen, int64_t offset) {
+  const __m512i all = _mm512_set1_epi32(-1), start = _mm512_set1_epi32(static_cast<int32_t>(offset));
+  const auto from = [&](IntLanes key) __attribute__((always_inline)) {  // shifts of 32 and more leave nothing
+    const __m512i inside = _mm512_max_epi32(_mm512_sub_epi32((__m512i)key, start), _mm512_setzero_si512());
+    return _mm512_sllv_epi32(all, inside);
+  };
+  Bits bits;
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    bits.of[half] = (IntLanes)_mm512_andnot_si512(from(seen.end[half]), from(seen.begin[half]));
+  }
+  return bits;
 }

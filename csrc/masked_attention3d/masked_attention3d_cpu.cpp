@@ -12,6 +12,9 @@
 // queries is collected in as many copies as there are groups of blocks, added up at the end in order. How many depends
 // on the problem alone, so no result depends on the number of threads, forward or backward.
 //
+// Where there are matrix tiles they take floats as sums of bfloat16 (masked_attention3d_amx.h), at the same accuracy:
+// blocks of 32 by 32, otherwise the same walk. What they are not made for, the registers do.
+//
 // Operations a visible pair: 4 d and an exponential forward, 10 d and one backward. Bytes: O(L d) both.
 
 #include <torch/csrc/stable/library.h>
@@ -139,32 +142,25 @@ void fill(Problem<W>& p, const Mask& mask, const Tensor& q, const Tensor& k, con
   p.q = rows_of<W>(q);
   p.k = rows_of<W>(k);
   p.v = rows_of<W>(v);
-  p.careful = !all_finite(p, p.q) || !all_finite(p, p.k) || !all_finite(p, p.v);
+}
+
+template <class W>
+bool inputs_are_finite(const Problem<W>& p) {
+  return all_finite(p, p.q) && all_finite(p, p.k) && all_finite(p, p.v);
 }
 
 // Units differ in size, so each thread takes the next one when it is done. What a unit computes does not depend on who
 // does it. `scratch`: elements of W that a thread works in.
 template <class W, class Body>
-void share(int64_t units, int64_t threads, int64_t scratch, const Body& body) {
+void share(int64_t units, int64_t threads, int64_t scratch, bool tiles, const Body& body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min<int64_t>(units, threads), 1, [&](int64_t, int64_t) {
     AlignedVector<W> memory(scratch);
+    if (tiles) configure_tiles();
     for (int64_t unit = next++; unit < units; unit = next++) body(unit, memory.data());
+    if (tiles) release_tiles();
   });
 }
-
-#if defined(VPFAST_HAS_X86_ISAS)
-template <class Body>
-void share_on_tiles(int64_t units, int64_t threads, int64_t scratch, const Body& body) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(units, threads), 1, [&](int64_t, int64_t) {
-    AlignedVector<float> memory(scratch);
-    configure_tiles();
-    for (int64_t unit = next++; unit < units; unit = next++) body(unit, memory.data());
-    release_tiles();
-  });
-}
-#endif
 
 // Waking a thread costs about as much as this many products of a query and a key.
 int64_t threads_for(const Mask& mask, int64_t planes, int64_t dim) {
@@ -183,88 +179,6 @@ std::vector<Interval> tiles_of(const Mask& mask, int64_t lanes, int64_t tile) {
     for (int64_t i = 0; i < stretch; i += tile) tiles.push_back({start + i, start + std::min(stretch, i + tile)});
   }
   return tiles;
-}
-
-#if defined(VPFAST_HAS_X86_ISAS)
-
-// A product over few components leaves most of a tile empty, and one piece more than three would be needed next to the
-// ends of a float's range.
-bool tiles_serve(const Problem<float>& p) { return tiles_are_active() && !p.careful && p.scale != 0 && p.dim >= 16; }
-
-// How many bfloat16 a number of this type is the sum of.
-int pieces_of(ScalarType type) { return type == ScalarType::BFloat16 ? 1 : type == ScalarType::Half ? 2 : 3; }
-
-template <int pieces>
-void forward_on_tiles_of(Forward<float>& p) {
-  const int64_t length = p.mask.length(), planes = p.planes();
-  const int64_t rows = round_up(p.dim, 32), columns = round_up(p.dim, 16);
-  p.blocks = (length + kBlock - 1) / kBlock;
-  const int64_t key_block = pieces * rows * kBlock, value_block = pieces * columns * kBlock;
-  const Tensor memory = torch::stable::empty({planes * p.blocks * (key_block + value_block)}, ScalarType::Short);
-  uint16_t *keys = static_cast<uint16_t*>(memory.mutable_data_ptr()), *values = keys + planes * p.blocks * key_block;
-  torch::stable::parallel_for(0, planes * p.blocks, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t plane = i / p.blocks, first = i % p.blocks * kBlock;
-      avx512::masked_attention3d::block_by_rows<pieces>(p.plane(p.k, plane), first, length, p.dim,
-                                                        keys + i * key_block);
-      avx512::masked_attention3d::block_by_columns<pieces>(p.plane(p.v, plane), first, length, p.dim,
-                                                           values + i * value_block);
-    }
-  });
-  p.keys = keys;
-  p.values = values;
-  const std::vector<Interval> tiles = tiles_of(p.mask, 16, 32);
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  const int64_t scratch = rows * 32 + 64 * 32 + 64 + pieces * (rows * 32 + 4 * kTileElements) / 2;
-  share_on_tiles(count * planes, threads_for(p.mask, planes, p.dim), scratch, [&](int64_t unit, float* memory) {
-    const Interval& tile = tiles[count - 1 - unit / planes];
-    avx512::masked_attention3d::forward_on_tiles<pieces>(p, unit % planes, tile.begin, tile.end - tile.begin, memory);
-  });
-}
-
-void forward_on_tiles(Forward<float>& p, int pieces) {
-  if (pieces == 1) return forward_on_tiles_of<1>(p);
-  if (pieces == 2) return forward_on_tiles_of<2>(p);
-  forward_on_tiles_of<3>(p);
-}
-
-#else
-
-bool tiles_serve(const Problem<float>&) { return false; }
-int pieces_of(ScalarType) { return 3; }
-void forward_on_tiles(Forward<float>&, int) {}
-
-#endif
-
-template <class W>
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, const Mask& mask, double scale) {
-  const ScalarType type = q.scalar_type();
-  const int64_t length = mask.length();
-  q = dense_rows<W>(q);
-  k = dense_rows<W>(k);
-  v = dense_rows<W>(v);
-  Forward<W> p{};
-  fill<W>(p, mask, q, k, v, scale);
-  Tensor out = torch::stable::empty({p.batch, p.heads, length, p.dim}, kType<W>);
-  Tensor lse = torch::stable::empty({p.batch, p.heads, length}, kType<W>);
-  p.out = static_cast<W*>(out.mutable_data_ptr());
-  p.lse = static_cast<W*>(lse.mutable_data_ptr());
-  if constexpr (std::is_same_v<W, float>) {
-    if (tiles_serve(p)) {
-      forward_on_tiles(p, pieces_of(type));
-      return {torch::stable::to(out, type), lse};
-    }
-  }
-
-  const Kernels<W> kernel = kernels<W>();
-  const std::vector<Interval> tiles = tiles_of(mask, kernel.lanes, kernel.tile);
-  const int64_t count = static_cast<int64_t>(tiles.size()), planes = p.planes();
-  const int64_t scratch = kernel.tile * (2 * p.dim + kKeys + 2);
-  share<W>(count * planes, threads_for(mask, planes, p.dim), scratch, [&](int64_t unit, W* memory) {
-    const Interval& tile = tiles[count - 1 - unit / planes];  // the last ones see most, and come first
-    kernel.forward(p, unit % planes, tile.begin, tile.end - tile.begin, memory);
-  });
-  return {torch::stable::to(out, type), lse};
 }
 
 // --- backward ---
@@ -296,8 +210,9 @@ struct Blocks {
   }
 };
 
+// The gradients of q, in order of the groups, times `factor`.
 template <class W>
-void add_groups(const Backward<W>& p, const Blocks& blocks) {
+void add_groups(const Backward<W>& p, const Blocks& blocks, W factor) {
   const int64_t length = p.mask.length();
   std::vector<Interval> touched;
   for (int64_t group = 0; group < blocks.groups; ++group) touched.push_back(blocks.touched(group));
@@ -305,14 +220,71 @@ void add_groups(const Backward<W>& p, const Blocks& blocks) {
     for (int64_t row = begin; row < end; ++row) {
       W* to = p.grad_q + row * p.dim;
       std::fill(to, to + p.dim, W(0));
+      const int64_t plane = row / length, query = row % length;
       for (int64_t group = 0; group < blocks.groups; ++group) {
-        const int64_t query = row % length;
         if (query < touched[group].begin || query >= touched[group].end) continue;
-        const W* from = p.grad_q_groups + (group * p.planes() * length + row) * p.padded_dim;
+        const W* from = p.grad_q_groups + ((group * p.planes() + plane) * p.padded_length + query) * p.padded_dim;
         for (int64_t d = 0; d < p.dim; ++d) to[d] += from[d];
       }
+      for (int64_t d = 0; d < p.dim; ++d) to[d] *= factor;
     }
   });
+}
+
+// Calls body(plane, rows for the gradients of its q, first block, last block, memory) for every group and plane, and
+// adds up those rows times `factor`. `scratch`: elements of W, and `scratch_block` more for each block of a group.
+template <class W, class Body>
+void collect(Backward<W>& p, const Blocks& blocks, int64_t scratch, int64_t scratch_block, W factor, bool tiles,
+             const Body& body) {
+  const int64_t planes = p.planes(), rows = p.padded_length;
+  const Tensor groups = torch::stable::empty({blocks.groups, planes, rows, p.padded_dim}, kType<W>);
+  p.grad_q_groups = static_cast<W*>(groups.mutable_data_ptr());
+  share<W>(blocks.groups * planes, threads_for(p.mask, planes, p.dim), scratch + scratch_block * blocks.per_group,
+           tiles, [&](int64_t unit, W* memory) {
+             const int64_t group = unit / planes, plane = unit % planes;
+             const Interval touched = blocks.touched(group);
+             W* to = p.grad_q_groups + unit * rows * p.padded_dim;
+             // Blocks of queries may begin before and end after.
+             const int64_t begin = touched.begin / kBlock * kBlock, end = least(rows, round_up(touched.end, kBlock));
+             if (begin < end) std::fill(to + begin * p.padded_dim, to + end * p.padded_dim, W(0));
+             body(plane, to, blocks.first(group), blocks.last(group), memory);
+           });
+  add_groups(p, blocks, factor);
+}
+
+#include "masked_attention3d/masked_attention3d_tiles.h"
+
+// --- forward ---
+
+template <class W>
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, const Mask& mask, double scale) {
+  const ScalarType type = q.scalar_type();
+  const int64_t length = mask.length();
+  q = dense_rows<W>(q);
+  k = dense_rows<W>(k);
+  v = dense_rows<W>(v);
+  Forward<W> p{};
+  fill<W>(p, mask, q, k, v, scale);
+  Tensor out = torch::stable::empty({p.batch, p.heads, length, p.dim}, kType<W>);
+  Tensor lse = torch::stable::empty({p.batch, p.heads, length}, kType<W>);
+  p.out = static_cast<W*>(out.mutable_data_ptr());
+  p.lse = static_cast<W*>(lse.mutable_data_ptr());
+  if constexpr (std::is_same_v<W, float>) {
+    if (tiles_serve(p) && forward_on_tiles(p, pieces_of(type))) {
+      return {torch::stable::to(out, type), lse};
+    }
+  }
+
+  p.careful = !inputs_are_finite(p);
+  const Kernels<W> kernel = kernels<W>();
+  const std::vector<Interval> tiles = tiles_of(mask, kernel.lanes, kernel.tile);
+  const int64_t count = static_cast<int64_t>(tiles.size()), planes = p.planes();
+  const int64_t scratch = kernel.tile * (2 * p.dim + kKeys + 2);
+  share<W>(count * planes, threads_for(mask, planes, p.dim), scratch, false, [&](int64_t unit, W* memory) {
+    const Interval& tile = tiles[count - 1 - unit / planes];  // the last ones see most, and come first
+    kernel.forward(p, unit % planes, tile.begin, tile.end - tile.begin, memory);
+  });
+  return {torch::stable::to(out, type), lse};
 }
 
 // Of each row the sum of grad_out times out: what every weight's gradient is measured from.
@@ -333,6 +305,23 @@ Tensor deltas(const Tensor& grad_out, const Tensor& out) {
 }
 
 template <class W>
+void backward_in_registers(Backward<W>& p, const Tensor& delta) {
+  p.delta = static_cast<const W*>(delta.const_data_ptr());
+  p.careful =
+      !inputs_are_finite(p) || !all_finite(p.grad_out, delta.numel() * p.dim) || !all_finite(p.delta, delta.numel());
+  const Kernels<W> kernel = kernels<W>();
+  const Blocks blocks(p.mask, kernel.tile, p.planes());
+  p.padded_length = p.mask.length();
+  p.padded_dim = round_up(p.dim, kernel.lanes);
+  const int64_t scratch = kernel.tile * (4 * p.dim + 2 * kQueries + p.padded_dim);
+  collect<W>(p, blocks, scratch, 0, W(1), false, [&](int64_t plane, W* grad_q, int64_t first, int64_t last, W* memory) {
+    for (int64_t block = first; block < last; ++block) {
+      kernel.backward(p, plane, grad_q, blocks.start(block), blocks.key(block), blocks.keys(block), memory);
+    }
+  });
+}
+
+template <class W>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                             const Mask& mask, double scale) {
   const ScalarType type = q.scalar_type();
@@ -343,38 +332,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
   grad_out = torch::stable::contiguous(torch::stable::to(grad_out, kType<W>));
   out = torch::stable::contiguous(torch::stable::to(out, kType<W>));
   lse = torch::stable::contiguous(lse);
-  Tensor delta = deltas<W>(grad_out, out);
   Backward<W> p{};
   fill<W>(p, mask, q, k, v, scale);
-  p.grad_out = static_cast<const W*>(grad_out.const_data_ptr());
-  p.lse = static_cast<const W*>(lse.const_data_ptr());
-  p.delta = static_cast<const W*>(delta.const_data_ptr());
-  p.careful = p.careful || !all_finite(p.grad_out, grad_out.numel()) || !all_finite(p.delta, delta.numel());
-
-  const Kernels<W> kernel = kernels<W>();
-  const Blocks blocks(mask, kernel.tile, p.planes());
-  p.padded_dim = round_up(p.dim, kernel.lanes);
   Tensor grads[3];
   for (Tensor& grad : grads) grad = torch::stable::empty({p.batch, p.heads, length, p.dim}, kType<W>);
-  Tensor groups = torch::stable::empty({blocks.groups, p.planes(), length, p.padded_dim}, kType<W>);
+  p.grad_out = static_cast<const W*>(grad_out.const_data_ptr());
+  p.lse = static_cast<const W*>(lse.const_data_ptr());
   p.grad_q = static_cast<W*>(grads[0].mutable_data_ptr());
   p.grad_k = static_cast<W*>(grads[1].mutable_data_ptr());
   p.grad_v = static_cast<W*>(grads[2].mutable_data_ptr());
-  p.grad_q_groups = static_cast<W*>(groups.mutable_data_ptr());
-
-  const int64_t planes = p.planes();
-  const int64_t scratch = kernel.tile * (4 * p.dim + 2 * kQueries + p.padded_dim);
-  const int64_t threads = threads_for(mask, planes, p.dim);
-  share<W>(blocks.groups * planes, threads, scratch, [&](int64_t unit, W* memory) {
-    const int64_t group = unit / planes, plane = unit % planes;
-    const Interval touched = blocks.touched(group);
-    W* to = p.grad_q_groups + (group * planes + plane) * length * p.padded_dim;
-    if (!touched.empty()) std::fill(to + touched.begin * p.padded_dim, to + touched.end * p.padded_dim, W(0));
-    for (int64_t block = blocks.first(group); block < blocks.last(group); ++block) {
-      kernel.backward(p, plane, to, blocks.start(block), blocks.key(block), blocks.keys(block), memory);
-    }
-  });
-  add_groups(p, blocks);
+  bool done = false;
+  if constexpr (std::is_same_v<W, float>) {
+    done = tiles_serve(p) && backward_on_tiles(p, static_cast<const float*>(out.const_data_ptr()), pieces_of(type));
+  }
+  if (!done) backward_in_registers(p, deltas<W>(grad_out, out));
   return {torch::stable::to(grads[0], type), torch::stable::to(grads[1], type), torch::stable::to(grads[2], type)};
 }
 

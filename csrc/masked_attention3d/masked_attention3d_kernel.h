@@ -550,6 +550,8 @@ void decode(const Decode<W>& p, int64_t plane, int64_t position, W* scratch) {
 
 #if VPFAST_ISA_LEVEL == 2
 #include "masked_attention3d/masked_attention3d_amx.h"
+#include "masked_attention3d/masked_attention3d_amx_backward.h"
+#include "masked_attention3d/masked_attention3d_amx_forward.h"
 #endif
 
 }  // namespace masked_attention3d

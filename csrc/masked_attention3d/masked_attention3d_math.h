@@ -105,4 +105,50 @@ inline Interval seen_by(const Mask& m, int64_t first, int64_t last) {
   return {begin, least(m.length(), (last / m.frame() + m.radius_t + 1) * m.frame())};
 }
 
+// What 32 queries see, in a form that is the same for all: of line (t, y), keys [begin, end) up to those shown,
+// `earlier` of a frame before the query's and `own` of its own. Shown keys count from the frame's start, or the
+// sequence's where that is the line.
+constexpr int64_t kBlock = 32;
+
+struct Sight {
+  int32_t t[kBlock], y[kBlock], earlier[kBlock], own[kBlock], begin[kBlock], end[kBlock];
+};
+
+// Of `count` queries from the first on; the others see nothing.
+inline Sight sight_of(const Mask& m, int64_t first, int64_t count) {
+  Sight sight{};
+  Place q = place_of(m, first);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    if (i >= count) {
+      sight.t[i] = -1;
+      continue;
+    }
+    Interval inside{0, INT32_MAX};
+    int64_t before = 0;
+    if (m.line == Line::sequence) {
+      before = q.t * m.frame();
+      inside.begin = most(0, q.t - m.radius_t) * m.frame();
+    } else if (m.line == Line::frame) {
+      sight.t[i] = static_cast<int32_t>(q.t);
+      inside = {most(0, q.y - m.radius_y) * m.columns, (q.y + m.radius_y + 1) * m.columns};
+    } else {
+      sight.t[i] = static_cast<int32_t>(q.t);
+      sight.y[i] = static_cast<int32_t>(q.y);
+      inside = {most(0, q.x - m.radius_x), least(m.columns, q.x + m.radius_x + 1)};
+    }
+    const int64_t own = before + shown_of_frame(m, q, q.t);
+    sight.own[i] = static_cast<int32_t>(own);
+    sight.earlier[i] = static_cast<int32_t>(m.line == Line::sequence ? own : shown_of_frame(m, q, q.t - 1));
+    sight.begin[i] = static_cast<int32_t>(inside.begin);
+    sight.end[i] = static_cast<int32_t>(least(inside.end, INT32_MAX));
+    ++q.index;
+    if (++q.x < m.columns) continue;
+    q.x = 0;
+    if (++q.y < m.rows) continue;
+    q.y = 0;
+    ++q.t;
+  }
+  return sight;
+}
+
 }  // namespace vpfast::masked_attention3d

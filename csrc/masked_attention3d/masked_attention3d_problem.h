@@ -14,8 +14,7 @@ constexpr int64_t kQueries = 32;
 // Lanes of a tile: no instruction set has more than 3 registers of 16.
 constexpr int64_t kMaxTile = 48;
 
-// On matrix tiles: positions in a block, elements of a tile (16 rows of 32).
-constexpr int64_t kBlock = 32;
+// Elements of a matrix tile: 16 rows of 32.
 constexpr int64_t kTileElements = 512;
 
 // (B, heads, L, d) in the working type, with rows of d elements one after another; strides in elements.
@@ -43,17 +42,33 @@ struct Problem {
 template <class W>
 struct Forward : Problem<W> {
   W *out, *lse;
-  int64_t blocks;                 // of 32 keys in a plane, on matrix tiles
-  const uint16_t *keys, *values;  // (B x heads, blocks, ...): see masked_attention3d_amx.h
+  // On matrix tiles: blocks of 32 keys in a plane, their keys and values (B x heads, blocks, 2, faces), and the square
+  // of the longest key.
+  int64_t blocks;
+  const uint16_t* packed;
+  float longest_key_squared;
 };
 
 // Backward: everything (B, heads, L, d) dense but q, k, v; lse and delta (B, heads, L). The gradient of q is collected
-// by groups of key blocks first, each in rows of its own: (groups, B, heads, L, padded_dim).
+// by groups of key blocks first, each in rows of its own: (groups, B, heads, padded_length, padded_dim).
 template <class W>
 struct Backward : Problem<W> {
   const W *grad_out, *lse, *delta;
   W *grad_q, *grad_k, *grad_v, *grad_q_groups;
-  int64_t padded_dim;
+  int64_t padded_length, padded_dim;
+};
+
+// What backward reads on matrix tiles, in blocks of 32 positions (see masked_attention3d_amx.h): of each block of keys,
+// and of queries, so many faces.
+struct TileBackward {
+  static constexpr int64_t kKeyLanes = 0, kKeyPairs = 1, kValueLanes = 2, kKeyFaces = 3;
+  static constexpr int64_t kQueryRows = 0, kGradRows = 1, kQueryColumns = 2, kGradColumns = 3, kQueryFaces = 4;
+
+  int64_t blocks;                  // of a plane
+  const Sight* sights;             // of the queries of a block
+  const uint16_t *keys, *queries;  // (B x heads, blocks, faces)
+  const float *lse, *delta;        // (B x heads, blocks, 32), the former in powers of 2
+  float grad_unit;                 // what gradients are measured in, a power of 2 near the largest
 };
 
 // Decode: `count` queries at `positions`, keys and values where they lie in their caches, of the stored type.

@@ -6,7 +6,7 @@ import torch
 from vpfast.ops import _native
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2", "avx512", "amx"])
 def isa(request):
     """Each instruction set in turn, where the processor has it; without an extension the reference, once."""
     if _native.extension is None:

@@ -113,7 +113,7 @@ def test_every_isa_agrees():
     grid, mask = (4, 7, 9), Mask3d("separable", (2, None, 4))
     given = inputs(grid, 24)
     results = []
-    for name in ("plain", "avx2", "avx512"):
+    for name in ("plain", "avx2", "avx512", "amx"):
         try:
             _native.extension.select_isa(name)
         except ValueError:
