@@ -140,6 +140,18 @@ def test_more_keys_than_one_chunk_of_weights() -> None:
     assert torch.equal(sample(prior, codes, 1), in_torch(prior, codes, 1))
 
 
+@pytest.mark.parametrize("code_order", ["depth", "layers"])
+def test_weights_may_lie_anyhow_in_memory(code_order: str) -> None:
+    prior = network(code_order=code_order)
+    codes = clip(prior, 1, (1, 2, 3))
+    expected = sample(prior, codes, 2)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.set_(parameter.detach().new_empty(*parameter.shape, 2)[..., 0].copy_(parameter))
+    assert not any(parameter.is_contiguous() for parameter in prior.parameters())
+    assert torch.equal(sample(prior, codes, 2), expected)
+
+
 def test_what_is_not_served_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> bool:
         raise AssertionError("the kernel was called")

@@ -47,10 +47,10 @@ class CompiledPass:
         self.prior, self.cache = prior, cache
         config = prior.config
         first, last = (0, config.layers) if layer is None else (layer, layer + 1)
-        self.entering = [part.weight for i, part in enumerate(prior.embed) if layer is None or i == layer]
+        self.entering = [_rows(part) for i, part in enumerate(prior.embed) if layer is None or i == layer]
         self.entering += _affine(prior.mix[1])
         self.layers = [self._layer(index) for index in range(len(cache.layers))]
-        self.leaving = [*_norm(prior.norm), *(parent.weight for parent in prior.parents)]
+        self.leaving = [*_norm(prior.norm), *map(_rows, prior.parents)]
         self.leaving += [*_affine(prior.mlp[0]), *_affine(prior.mlp[2])]
         for head in prior.heads[first:last]:
             self.leaving += _affine(head)
@@ -108,13 +108,18 @@ def _known(frame: Tensor | None) -> Tensor:
 
 def _norm(norm: nn.Module) -> list[Tensor]:
     assert isinstance(norm, nn.LayerNorm)
-    return [norm.weight, norm.bias]
+    return [norm.weight.contiguous(), norm.bias.contiguous()]
+
+
+def _rows(embedding: nn.Module) -> Tensor:
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.weight.contiguous()
 
 
 def _affine(layer: nn.Module) -> list[Tensor]:
     """The matrix (in, out), and the bias."""
     assert isinstance(layer, nn.Linear)
-    return [layer.weight.t().contiguous(), layer.bias]
+    return [layer.weight.t().contiguous(), layer.bias.contiguous()]
 
 
 def _in_blocks(keys: Tensor) -> Tensor:
