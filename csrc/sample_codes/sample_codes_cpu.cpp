@@ -260,17 +260,19 @@ bool run(const Call<W>& call, int64_t threads) {
   const int64_t team = std::max<int64_t>(1, std::min(threads / call.clips, net.heads));
   const int64_t teams = std::min(call.clips, threads), ranks = team * teams;
   const int64_t shared = (shared_elements(net) + 15) / 16 * 16;
-  AlignedVector<W> memory(teams * shared);
+  const int64_t own = (own_elements(net) + 15) / 16 * 16;
+  // All of it before the threads start: a rank that fails would leave its team waiting.
+  AlignedVector<W> memory(teams * shared + ranks * (own + shared));
+  AlignedVector<double> scores(ranks * net.codebook_size);
   std::vector<Barrier> barriers(teams);
   std::atomic<int64_t> claimed{0}, entered{0};
   std::atomic<bool> finite{true};
 
   torch::stable::parallel_for(0, ranks, 1, [&](int64_t begin, int64_t end) {
-    AlignedVector<W> own(own_elements(net));
-    std::vector<double> scores(net.codebook_size);
+    W* mine = memory.data() + teams * shared + begin * (own + shared);
     const auto clips_of = [&](int64_t first, int64_t step, const Member& member, W* with) {
       for (int64_t clip = first; clip < call.clips; clip += step) {
-        if (!kernel(call.p, clip, member, with, own.data(), scores.data())) finite = false;
+        if (!kernel(call.p, clip, member, with, mine, scores.data() + begin * net.codebook_size)) finite = false;
       }
     };
     bool together = team > 1;
@@ -281,14 +283,11 @@ bool run(const Call<W>& call, int64_t threads) {
       together = entered.load() == ranks;
     }
     if (together) {
-      const int64_t mine = begin / team;
-      clips_of(mine, teams, Member{begin % team, team, &barriers[mine]}, memory.data() + mine * shared);
+      clips_of(begin / team, teams, Member{begin % team, team, &barriers[begin / team]},
+               memory.data() + begin / team * shared);
       return;
     }
-    AlignedVector<W> alone(shared);
-    for (int64_t rank = begin; rank < end; ++rank) {
-      clips_of(rank, ranks, Member{0, 1, &barriers[0]}, alone.data());
-    }
+    for (int64_t rank = begin; rank < end; ++rank) clips_of(rank, ranks, Member{0, 1, &barriers[0]}, mine + own);
   });
   return finite;
 }
@@ -315,6 +314,14 @@ bool sample(Tensor codes, const std::vector<Tensor>& tensors, const std::vector<
   p.temperature = temperature;
   p.top_k = top_k;
   read(call, s, tensors, tables, type);
+  for (int64_t clip = 0; clip < call.clips; ++clip) {
+    for (int64_t i = p.time * p.cells; i < (p.time + 1) * p.cells; ++i) {
+      for (int64_t depth = 0; depth < s.first_depth; ++depth) {
+        const int64_t code = p.codes[(clip * p.length + i) * s.depths + depth];
+        STD_TORCH_CHECK(code >= 0 && code < s.codebook_size, "sample_codes: there is no code ", code);
+      }
+    }
+  }
   p.network.masks = call.masks.data();
   p.network.mask_count = static_cast<int64_t>(call.masks.size());
   return call.clips == 0 ||

@@ -265,7 +265,9 @@ int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t cli
     const Words words =
         philox(counter, static_cast<uint32_t>(p.keys[2 * clip]), static_cast<uint32_t>(p.keys[2 * clip + 1]));
     const double noise = -std::log(-std::log(uniform(words.word[m % 4])));
-    scores[m] = logits[m] < least ? -__builtin_huge_val() : noise + static_cast<double>(logits[m]) / p.temperature;
+    scores[m] = logits[m] < least
+                    ? -__builtin_huge_val()
+                    : noise + (static_cast<double>(logits[m]) - static_cast<double>(logits[best])) / p.temperature;
   }
   best = 0;
   for (int64_t m = 1; m < count; ++m) {

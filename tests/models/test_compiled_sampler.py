@@ -22,6 +22,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "likeliest": {},
     "drawn": {"temperature": 0.9, "seed": 7},
     "of the two likeliest": {"temperature": 1.2, "top_k": 2, "seed": 3},
+    "almost the likeliest": {"temperature": 5e-324},
 }
 ISAS = ("plain", "avx2", "avx512")
 # Sizes that are no multiple of any register's lanes, and heads that do not divide among threads.
@@ -166,14 +167,21 @@ def test_what_is_not_served_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) 
         sample(prior, clip(prior, 1, (1, 2, 2)), 1)
 
 
-def passed(prior: STPixelCNN) -> list[Any]:
+def test_codes_of_earlier_layers_must_exist() -> None:
+    arguments = passed(network(code_order="layers"), call=1)
+    arguments[0] = torch.full_like(arguments[0], -1)
+    with pytest.raises(RuntimeError, match="there is no code -1"):
+        torch.ops.vpfast.sample_codes(*arguments)
+
+
+def passed(prior: STPixelCNN, call: int = 0) -> list[Any]:
     """The arguments of one call of the operator."""
     calls: list[Any] = []
     original = torch.ops.vpfast.sample_codes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.vpfast, "sample_codes", lambda *given: calls.append(given) or original(*given))
         sample(prior, clip(prior, 1, (1, 2, 3)), 1)
-    return list(calls[0])
+    return list(calls[call])
 
 
 @pytest.mark.parametrize(

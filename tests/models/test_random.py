@@ -102,3 +102,9 @@ def test_no_temperature_takes_the_first_of_the_largest() -> None:
 def test_a_small_temperature_comes_near_to_none() -> None:
     logits = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
     assert torch.equal(chosen(logits, 1e-9), chosen(logits, 0.0))
+
+
+def test_the_smallest_temperature_takes_the_largest() -> None:
+    logits = torch.tensor([[[1.0, 3.0, 2.9, 2.0]]])
+    choice = Choice(5e-324, None, clip_keys(0, 1))
+    assert choice(logits, torch.tensor([0]), torch.tensor([0]), 0).tolist() == [[1]]

@@ -101,6 +101,7 @@ class Choice:
         words = philox(counter, (self.keys[:, 0, None, None], self.keys[:, 1, None, None]))
         noise = uniform(words.flatten(-2)[..., :codes]).log_().neg_().log_().neg_()
         scores = logits.double()
+        scores = scores - scores.amax(-1, keepdim=True)  # so that no temperature overflows
         if self.top_k is not None and self.top_k < codes:
             lowest = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < lowest, -torch.inf)
