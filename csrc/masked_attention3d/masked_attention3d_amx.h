@@ -82,14 +82,23 @@ VPFAST_INLINE void transpose(IntLanes (&rows)[16]) {
   }
 }
 
-// Rows of `dim` components, the first `count` of them there: 16 components of one.
+// Rows of `dim` components, the first `count` of them there.
 struct Source {
   const float* rows;
   int64_t count, dim;
+};
 
-  VPFAST_INLINE F32 at(int64_t row, int64_t component) const {
-    const int64_t part = row < count ? most(0, least(16, dim - component)) : 0;
-    return {(FloatLanes)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << part) - 1), rows + row * dim + component)};
+// 16 components of them, from the `first` on.
+struct Columns {
+  const float* rows;
+  int64_t count, dim;
+  __mmask16 inside;
+
+  VPFAST_INLINE Columns(const Source& from, int64_t first) : rows(from.rows + first), count(from.count), dim(from.dim) {
+    inside = static_cast<__mmask16>((1u << most(0, least(16, dim - first))) - 1);
+  }
+  VPFAST_INLINE F32 of(int64_t row) const {
+    return {(FloatLanes)_mm512_maskz_loadu_ps(row < count ? inside : __mmask16(0), rows + row * dim)};
   }
 };
 
@@ -97,39 +106,41 @@ VPFAST_INLINE void store_components(float* to, F32 x, int64_t left) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << least(16, left)) - 1), (__m512)x.v);
 }
 
+VPFAST_INLINE void turn_tile(uint16_t* tile) {
+  IntLanes rows[16];
+  std::memcpy(rows, tile, sizeof rows);
+  transpose(rows);
+  std::memcpy(tile, rows, sizeof rows);
+}
+
 enum class Order { rows, pairs };
 
 // A block of 32 rows, times `factor`, to its faces, one for each 32 components.
 template <int pieces, Order order, bool turned>
 void pack(const Source& from, float factor, uint16_t* to) {
+  constexpr bool rows = order == Order::rows;
   for (int64_t d = 0; d < from.dim; d += 32, to += pieces * kFace) {
     for (int64_t tile = 0; tile < 2; ++tile) {
-      IntLanes packed[pieces][16];
-#pragma GCC unroll 16
+      uint16_t* at = to + tile * kTileElements;
+      const Columns a(from, rows ? d : d + tile * 16), b(from, rows ? d + 16 : d + tile * 16);
       for (int64_t i = 0; i < 16; ++i) {
-        const bool rows = order == Order::rows;
-        const F32 a = rows ? from.at(tile * 16 + i, d) : from.at(i, d + tile * 16);
-        const F32 b = rows ? from.at(tile * 16 + i, d + 16) : from.at(i + 16, d + tile * 16);
-        const Split<pieces> first = split<pieces>(factor * a), second = split<pieces>(factor * b);
-#pragma GCC unroll 3
-        for (int s = 0; s < pieces; ++s) packed[s][i] = join(first.rest[s], second.rest[s]);
+        const F32 first = a.of(rows ? tile * 16 + i : i), second = b.of(rows ? tile * 16 + i : i + 16);
+        store_joined(at + i * 32, split<pieces>(factor * first), split<pieces>(factor * second));
       }
-#pragma GCC unroll 3
-      for (int s = 0; s < pieces; ++s) {
-        if (turned) transpose(packed[s]);
-        std::memcpy(to + s * kFace + tile * kTileElements, packed[s], sizeof packed[s]);
-      }
+#pragma GCC unroll 1
+      for (int s = 0; turned && s < pieces; ++s) turn_tile(at + s * kFace);
     }
   }
 }
 
 // Of 16 rows, from the `first` on, the sums of x times y.
 VPFAST_INLINE F32 row_products(const Source& x, const Source& y, int64_t first) {
-  IntLanes sums[16];
-  for (int64_t i = 0; i < 16; ++i) {
-    F32 sum{};
-    for (int64_t d = 0; d < x.dim; d += 16) sum = sum + x.at(first + i, d) * y.at(first + i, d);
-    sums[i] = (IntLanes)sum.v;
+  IntLanes sums[16] = {};
+  for (int64_t d = 0; d < x.dim; d += 16) {
+    const Columns a(x, d), b(y, d);
+    for (int64_t i = 0; i < 16; ++i) {
+      sums[i] = (IntLanes)(F32{(FloatLanes)sums[i]} + a.of(first + i) * b.of(first + i)).v;
+    }
   }
   transpose(sums);
   F32 total{};

@@ -153,9 +153,9 @@ struct BackwardTiles {
     return to;
   }
 
-  // Rows i and i + 16, which make pairs over queries.
+  // Rows i and i + 16, which make pairs over queries. Not inlined: there would be a copy at every pause.
   template <bool masked>
-  VPFAST_INLINE void weigh_rows(const Step& step, int64_t i) {
+  __attribute__((noinline)) void weigh_rows(const Step& step, int64_t i) {
     const Row a = weigh_row<masked>(step, i), b = weigh_row<masked>(step, i + 16);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {

@@ -27,7 +27,7 @@ def length(grid):
     return math.prod(grid)
 
 
-def inputs(grid, dim=16, batch=2, heads=2, dtype=torch.float32, seed=0, count=4):
+def inputs(grid, dim=24, batch=2, heads=2, dtype=torch.float32, seed=0, count=4):
     """``count`` normal tensors (batch, heads, T H W, dim): q, k, v and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, length(grid), dim)

@@ -84,7 +84,7 @@ def assert_accurate(cases, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_every_mask_on_every_grid(isa, poisoned, mask, dtype):
-    assert_accurate([(grid, mask, 16) for grid in GRIDS], dtype)
+    assert_accurate([(grid, mask, 24) for grid in GRIDS], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
