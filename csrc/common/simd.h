@@ -98,6 +98,24 @@ VPFAST_INLINE float total(F32 x) {
   return sum;
 }
 
+// Of each of as many vectors as there are lanes, the sum of its lanes. `x` is overwritten.
+VPFAST_INLINE F32 totals(F32* x) {
+  IntLanes even{}, odd{};
+  for (int k = 0; k < kLanes; ++k) {
+    even[k] = 2 * k;
+    odd[k] = 2 * k + 1;
+  }
+#pragma GCC unroll 4
+  for (int count = kLanes / 2; count >= 1; count /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < count; ++k) {
+      const FloatLanes a = x[2 * k].v, b = x[2 * k + 1].v;
+      x[k] = {__builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd)};
+    }
+  }
+  return x[0];
+}
+
 // 2^x for x <= 127; exactly 0 below -126. Relative error 1.1e-7: 2^x = 2^n 2^f, |f| <= 1/2, with a minimax fit of 2^f.
 VPFAST_INLINE F32 exp2(F32 x) {
   constexpr float k1 = 0.6931470f, k2 = 0.24022242f, k3 = 0.05550734f, k4 = 0.009671513f, k5 = 0.0013264718f;
@@ -169,6 +187,7 @@ VPFAST_INLINE F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
 VPFAST_INLINE F64 maximum(F64 a, F64 b) { return a.v > b.v ? a : b; }
 VPFAST_INLINE F64 where_equal(F64 a, F64 b, F64 x, F64 y) { return a.v == b.v ? x : y; }
 VPFAST_INLINE double total(F64 x) { return x.v; }
+VPFAST_INLINE F64 totals(F64* x) { return x[0]; }
 VPFAST_INLINE F64 exp2(F64 x) { return {std::exp2(x.v)}; }
 
 struct ValueAndSlope64 {

@@ -41,12 +41,13 @@ VPFAST_INLINE void store(float* p, F32 x) { std::memcpy(p, &x.v, sizeof x.v); }
 VPFAST_INLINE void store(double* p, F64 x) { *p = x.v; }
 
 VPFAST_INLINE F32 load_part(const float* p, int count) {
+  if (count == kLanes) return load(p);
   F32 x{};
   std::memcpy(&x.v, p, sizeof(float) * count);
   return x;
 }
 VPFAST_INLINE F64 load_part(const double* p, int) { return {*p}; }
-VPFAST_INLINE void store_part(float* p, F32 x, int count) { std::memcpy(p, &x.v, sizeof(float) * count); }
+VPFAST_INLINE void store_part(float* p, F32 x, int count) { write(p, x.v, sizeof(float) * count); }
 VPFAST_INLINE void store_part(double* p, F64 x, int) { *p = x.v; }
 
 VPFAST_INLINE float power_of_2(float x) { return exp2(F32::broadcast(x)).v[0]; }
@@ -510,37 +511,49 @@ void decode(const Decode<W>& p, int64_t plane, int64_t position, W* scratch) {
   for_each_line(p.mask, place, place, [&](int64_t t, int64_t y, int64_t start) {
     const Interval seen = visible(p.mask, place, t, y);
     for (int64_t first = seen.begin; first < seen.end; first += kKeys) {
-      const int64_t keys = least(kKeys, seen.end - first);
+      const int64_t keys = least(kKeys, seen.end - first), padded = round_up(keys, lanes);
       any = true;
-      W highest = high;
-      for (int64_t i = 0; i < keys; ++i) {
-        const T* key = k + (start + first + i) * p.k.row;
-        V products = V::broadcast(0);
-        for (int64_t d = 0; d < dim; d += lanes) {
-          const int part = static_cast<int>(least(lanes, dim - d));
-          products = products + load_part(query + d, part) * Lanes<T>::load(key + d, part);
+      V highest = V::broadcast(high);
+      for (int64_t i = 0; i < padded; i += lanes) {
+        V products[lanes];
+        for (int64_t j = 0; j < lanes; ++j) products[j] = V::broadcast(0);
+        for (int64_t j = 0; j < least(lanes, keys - i); ++j) {
+          const T* key = k + (start + first + i + j) * p.k.row;
+          for (int64_t d = 0; d < dim; d += lanes) {
+            const int part = static_cast<int>(least(lanes, dim - d));
+            products[j] = products[j] + load_part(query + d, part) * Lanes<T>::load(key + d, part);
+          }
         }
-        weights[i] = total(products);
-        highest = weights[i] > highest || weights[i] != weights[i] ? weights[i] : highest;
+        store(weights + i, totals(products));
+        for (int64_t j = keys - i; j < lanes; ++j) weights[i + j] = -W(__builtin_huge_val());
+        highest = maximum(load(weights + i), highest);
       }
-      const W base = highest == -W(__builtin_huge_val()) ? W(0) : highest;
-      const W scale = power_of_2(high - base);
-      high = highest;
-      sum *= scale;
-      for (int64_t i = 0; i < keys; i += lanes) {
-        const int part = static_cast<int>(least(lanes, keys - i));
-        const V weight = exp2(load_part(weights + i, part) - V::broadcast(base));
-        store_part(weights + i, weight, part);
+      W lane[lanes];
+      store(lane, highest);
+      W top = high;
+      for (int64_t j = 0; j < lanes; ++j) top = lane[j] > top ? lane[j] : top;
+      const W base = top == -W(__builtin_huge_val()) ? W(0) : top, scale = power_of_2(high - base);
+      high = top;
+      V weight_sum = V::broadcast(0);
+      for (int64_t i = 0; i < padded; i += lanes) {
+        const V weight = exp2(load(weights + i) - V::broadcast(base));
+        weight_sum = weight_sum + weight;
+        store(weights + i, weight);
       }
-      for (int64_t i = 0; i < keys; ++i) sum += weights[i];
+      sum = sum * scale + total(weight_sum);
       for (int64_t d = 0; d < dim; d += lanes) {
         const int part = static_cast<int>(least(lanes, dim - d));
-        V result = load_part(out + d, part) * V::broadcast(scale);
-        for (int64_t i = 0; i < keys; ++i) {
-          const V value = Lanes<T>::load(v + (start + first + i) * p.v.row + d, part);
-          result = weights[i] == 0 ? result : result + V::broadcast(weights[i]) * value;
+        V sums[4] = {load_part(out + d, part) * V::broadcast(scale), V::broadcast(0), V::broadcast(0), V::broadcast(0)};
+        const T* values = v + (start + first) * p.v.row + d;
+        int64_t i = 0;
+        for (; i + 4 <= keys; i += 4) {
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < 4; ++j) {
+            sums[j] = sums[j] + V::broadcast(weights[i + j]) * Lanes<T>::load(values + (i + j) * p.v.row, part);
+          }
         }
-        store_part(out + d, result, part);
+        for (; i < keys; ++i) sums[0] = sums[0] + V::broadcast(weights[i]) * Lanes<T>::load(values + i * p.v.row, part);
+        store_part(out + d, (sums[0] + sums[1]) + (sums[2] + sums[3]), part);
       }
     }
   });
