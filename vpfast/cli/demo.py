@@ -56,7 +56,7 @@ ATTENTION_GRID = (5, 16, 16)
 
 NETWORK = {"preset": "compact", "channels": [16, 32], "levels": 1, "hidden_channels": 16}
 # Short clips first: they teach how digits move. Then the whole way, each prediction made from the one before.
-STAGES = (Stage(4, 2, steps=150), Stage(5, 5, steps=250), Stage(5, 10, steps=450))
+STAGES = (Stage(4, 2, steps=150), Stage(5, 5, steps=250), Stage(5, 10, steps=330))
 
 # S-HR-VQVAE as for Moving MNIST, but narrower. Short clips: what it learns of them holds for longer ones.
 CODES = {
@@ -73,7 +73,7 @@ CODES = {
 }
 CODES_STAGES: dict[str, dict[str, Any]] = {
     "autoencoder": {"steps": 700, "batch_size": 8, "context": 4, "optim": {"lr": 3e-3}},
-    "prior": {"steps": 1300, "context": 3, "horizon": 7, "optim": {"lr": 5e-3}},
+    "prior": {"steps": 1100, "context": 3, "horizon": 7, "optim": {"lr": 5e-3}},
     "joint": {"steps": 100, "context": 3, "horizon": 7, "optim": {"lr": 1e-3}},
 }
 
