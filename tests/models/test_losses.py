@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from spreading import spread
 from torch import Tensor
 
 from vpfast.models import SHRVQVAE, Codes, SHRVQVAEConfig
@@ -34,16 +35,7 @@ def model(**changes: Any) -> SHRVQVAE:
     """In float64, with a latent and codewords of standard deviation near 1, so that all of them are in use."""
     torch.manual_seed(0)
     made = SHRVQVAE(SHRVQVAEConfig(**{**TINY, **changes})).double()
-    with torch.no_grad():
-        latent = made.autoencoder.encoder(frames().flatten(0, 1) - 0.5)
-        spread, mean = torch.std_mean(latent, dim=(0, 2, 3))
-        last = made.autoencoder.encoder[-1]
-        last.weight.div_(spread[:, None, None, None])
-        last.bias.sub_(mean).div_(spread)
-        for depth, codebook in enumerate(made.autoencoder.quantizer.codebooks):
-            codebook.copy_(0.6**depth * torch.randn(codebook.shape))
-        for head in made.prior.heads:
-            head.weight.mul_(20)
+    spread(made, frames())
     return made
 
 

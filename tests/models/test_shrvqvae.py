@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from spreading import spread
 from torch import Tensor
 
 from vpfast import Stream
@@ -34,16 +35,8 @@ def model(**changes: Any) -> SHRVQVAE:
     """Small; codewords are spread, and no code is likelier than others on the whole."""
     torch.manual_seed(0)
     made = SHRVQVAE(SHRVQVAEConfig(**{**TINY, **changes})).eval()
+    spread(made, frames(4, 2))
     with torch.no_grad():
-        latent = made.autoencoder.encoder(frames(4, 2).flatten(0, 1) - 0.5)
-        spread, mean = torch.std_mean(latent, dim=(0, 2, 3))
-        last = made.autoencoder.encoder[-1]
-        last.weight.div_(spread[:, None, None, None])
-        last.bias.sub_(mean).div_(spread)
-        for depth, codebook in enumerate(made.autoencoder.quantizer.codebooks):
-            codebook.copy_(0.6**depth * torch.randn(codebook.shape))
-        for head in made.prior.heads:
-            head.weight.mul_(20)
         logits = made.prior(made.autoencoder.encode(frames(4, 2)).indices)
         for head, average in zip(made.prior.heads, logits.mean((0, 1, 2, 3)), strict=True):
             head.bias.sub_(average)
