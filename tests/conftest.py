@@ -4,7 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU, Triton's kernels run in its interpreter. It asks when it is imported, vpfast before that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Real videos and a released checkpoint are not part of the repository: tests that need them look here, or skip.
 SHARED = Path(os.environ.get("VPFAST_TEST_DATA", Path(__file__).parents[2] / "shared"))

@@ -1,8 +1,11 @@
 """Shared by the ladders of all operators."""
 
+import importlib.util
+
 import pytest
 import torch
 
+import vpfast
 from vpfast.ops import _native
 
 
@@ -29,3 +32,22 @@ def poisoned():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+if torch.cuda.is_available():
+    PLACES = [("native", "cuda"), ("triton", "cuda")]
+else:
+    PLACES = [("triton", "cpu")]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+def place(request):
+    """Each GPU backend in turn, chosen by ``vpfast.backend``; yields the device to put tensors on.
+
+    Without a GPU that is Triton's interpreter alone: keep tensors to 2^14 elements where the device is a CPU.
+    """
+    backend, device = request.param
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    with vpfast.backend(backend):
+        yield device

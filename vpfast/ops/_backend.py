@@ -1,5 +1,6 @@
 """Which implementation serves an operator: the choice, and the reasons when there is none."""
 
+import importlib.util
 import os
 import types
 from typing import Literal, get_args
@@ -11,6 +12,12 @@ from vpfast.ops import _native
 
 Name = Literal["auto", "native", "triton", "reference"]
 NAMES: tuple[str, ...] = get_args(Name)
+
+
+# Looked for, not imported: that takes a second, and a machine without a GPU may have none.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's own switch, read when it is imported: kernels then run on CPU tensors, for tests, ten thousand times slower.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _checked(name: str, where: str) -> str:
@@ -87,7 +94,9 @@ class Backends:
         """Can backend ``name`` serve ``device``? What ``torch.compile`` traces, so it reads no file to give reasons."""
         if name == "native":
             return _native.extension is not None and device in self.native
-        return name == "reference" or (self.triton and device == "cuda")
+        if name == "triton":
+            return self.triton and _HAS_TRITON and (device == "cuda" or (device == "cpu" and _INTERPRETED))
+        return name == "reference"
 
     def refusal(self, name: str, device: str) -> str | None:
         """Why backend ``name`` cannot serve ``device``; None if it can."""
@@ -99,6 +108,8 @@ class Backends:
             return f"no compiled kernel for {device} tensors (there is one for: {', '.join(self.native) or 'none'})"
         if not self.triton:
             return "this operator has no Triton kernel"
+        if not _HAS_TRITON:
+            return "Triton is not installed (pip install triton; a CUDA build of torch brings it)"
         return f"Triton kernels need a CUDA tensor, not {device}"
 
     def select(self, device: str) -> str:
@@ -112,11 +123,11 @@ class Backends:
             if self.serves(chosen, device):
                 return chosen
             return self._refuse(device, (chosen,))
+        if device == "cpu":
+            return "native" if self.serves("native", device) else "reference"
         for name in ("native", "triton"):
             if self.serves(name, device):
                 return name
-        if device == "cpu":
-            return "reference"
         return self._refuse(device, ("native", "triton"))
 
     def _refuse(self, device: str, asked: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import autocast_is_on, is_transformed
+from vpfast.ops._library import operator
 from vpfast.ops.edlstm_gates import reference
 from vpfast.ops.edlstm_gates.register import backends
 
@@ -36,11 +37,12 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     _check(gates, c_prev, order)
-    if backends.select(gates.device.type) == "reference" or is_transformed(gates, c_prev):
+    backend = backends.select(gates.device.type)
+    if backend == "reference" or is_transformed(gates, c_prev):
         if autocast_is_on(gates) and gates.dtype != torch.float64:
             c_prev = c_prev.float()
         return reference.edlstm_gates(gates, c_prev, order)
-    result: tuple[Tensor, Tensor] = torch.ops.vpfast.edlstm_gates(gates, c_prev, order)
+    result: tuple[Tensor, Tensor] = operator("edlstm_gates", backend)(gates, c_prev, order)
     return result
 
 

@@ -1,5 +1,6 @@
 """``vpfast::edlstm_gates`` and its backward as torch operators: schema, fake, autograd, autocast."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,18 +8,19 @@ from torch import Tensor
 
 from vpfast.ops import _native
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY
+from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
 from vpfast.ops.edlstm_gates import reference
 
-FORWARD, BACKWARD = "vpfast::edlstm_gates", "vpfast::edlstm_gates_backward"
+FORWARD, BACKWARD = "edlstm_gates", "edlstm_gates_backward"
 
-LIBRARY.define("edlstm_gates(Tensor gates, Tensor c_prev, str order) -> (Tensor h, Tensor c)")
-LIBRARY.define(
-    "edlstm_gates_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_prev, str order)"
-    " -> (Tensor grad_gates, Tensor grad_c_prev)"
-)
+for _variant in VARIANTS:
+    LIBRARY.define(f"{FORWARD}{_variant}(Tensor gates, Tensor c_prev, str order) -> (Tensor h, Tensor c)")
+    LIBRARY.define(
+        f"{BACKWARD}{_variant}(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_prev, str order)"
+        " -> (Tensor grad_gates, Tensor grad_c_prev)"
+    )
 
-backends = Backends("ops.edlstm_gates", native=native_devices(FORWARD), triton=False)
+backends = Backends("ops.edlstm_gates", native=native_devices(f"vpfast::{FORWARD}"), triton=True)
 
 
 def memory_format(gates: Tensor) -> torch.memory_format:
@@ -54,15 +56,18 @@ if _native.extension is None:
     _serve_reference_on_cpu()
 
 
-@torch.library.register_fake(FORWARD, lib=LIBRARY)
-def _(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
+serve_by_triton("edlstm_gates", FORWARD, BACKWARD)
+
+
+def _fake(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
     layout = memory_format(gates)
     h = torch.empty_like(c_prev, dtype=gates.dtype, memory_format=layout)
     return h, torch.empty_like(c_prev, memory_format=layout)
 
 
-@torch.library.register_fake(BACKWARD, lib=LIBRARY)
-def _(grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, c_prev: Tensor, order: str
+) -> tuple[Tensor, Tensor]:
     layout = memory_format(gates)
     return torch.empty_like(gates, memory_format=layout), torch.empty_like(c_prev, memory_format=layout)
 
@@ -73,12 +78,15 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[T
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-    if grad_h is None and grad_c is None:
-        return None, None, None
-    gates, c_prev = ctx.saved_tensors
-    grad_gates, grad_c_prev = torch.ops.vpfast.edlstm_gates_backward(grad_h, grad_c, gates, c_prev, ctx.order)
-    return grad_gates, grad_c_prev, None
+def _backward(variant: str) -> Callable[..., tuple[Tensor | None, Tensor | None, None]]:
+    operator = getattr(torch.ops.vpfast, BACKWARD + variant)
+
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad_h is None and grad_c is None:
+            return None, None, None
+        return *operator(grad_h, grad_c, *ctx.saved_tensors, ctx.order), None
+
+    return backward
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -88,23 +96,27 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(BACKWARD, _double_backward, lib=LIBRARY)
-
-
-def _register_autocast(device: str, key: str) -> None:
+def _register_autocast(op: str, key: str) -> None:
     """Under autocast the gates keep the type that the convolution before them gave; the cell is kept in float32."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    operator = getattr(torch.ops.vpfast, op)
 
     def forward(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Tensor]:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             if gates.dtype != torch.float64:
                 c_prev = c_prev.float()
-            result: tuple[Tensor, Tensor] = torch.ops.vpfast.edlstm_gates(gates, c_prev, order)
+            result: tuple[Tensor, Tensor] = operator(gates, c_prev, order)
             return result
 
-    LIBRARY.impl("edlstm_gates", forward, key)
+    LIBRARY.impl(op, forward, key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+for _variant in VARIANTS:
+    torch.library.register_fake(f"vpfast::{FORWARD}{_variant}", _fake, lib=LIBRARY)
+    torch.library.register_fake(f"vpfast::{BACKWARD}{_variant}", _fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"vpfast::{FORWARD}{_variant}", _backward(_variant), setup_context=_setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(f"vpfast::{BACKWARD}{_variant}", _double_backward, lib=LIBRARY)
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _register_autocast(FORWARD + _variant, _key)
