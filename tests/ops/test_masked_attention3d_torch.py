@@ -235,10 +235,9 @@ def test_without_compiled_kernels_the_same_ladder_holds():
 
 
 def test_refused_backend_says_why():
-    q, k, v = inputs(GRID, count=3)
-    for call in (attention, decode):
-        with vpfast.backend("triton"), pytest.raises(vpfast.ops._backend.BackendError, match="no Triton kernel"):
-            call(q, k, v)
-    meta = [tensor.to("meta") for tensor in (q, k, v)]
-    with pytest.raises(RuntimeError, match=r"vpfast.ops.masked_attention3d has no backend .* native: .*; triton: "):
-        attention(*meta)
+    q, k, v = (tensor.to("meta") for tensor in inputs(GRID, count=3))
+    refused = r"vpfast.ops.masked_attention3d has no backend for this meta tensor .*"
+    with pytest.raises(vpfast.ops._backend.BackendError, match=refused + "native: .*; triton: "):
+        attention(q, k, v)
+    with vpfast.backend("triton"), pytest.raises(vpfast.ops._backend.BackendError, match=refused + "triton: Triton"):
+        masked_attention3d_decode(q[:, :, :4], k, v, GRID, POSITIONS.to("meta"), MASK)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._library import operator
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import Mask3d
 from vpfast.ops.masked_attention3d.register import NO_GRADIENT, as_autocast, backends
@@ -61,11 +62,12 @@ def masked_attention3d(
         if tensor.shape != q.shape:
             raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     scale = _checked_scale(op, scale, q)
+    backend = _serving(q, k, v)
     result: tuple[Tensor, Tensor]
-    if _is_plain(q, k, v):
+    if backend == "reference":
         result = _plainly(reference.masked_attention3d, q, k, v, grid, mask, scale)
     else:
-        result = torch.ops.vpfast.masked_attention3d(q, k, v, (T, H, W), mask.name, mask.radii, scale)
+        result = operator(op, backend)(q, k, v, (T, H, W), mask.name, mask.radii, scale)
     return result[0]
 
 
@@ -117,19 +119,22 @@ def masked_attention3d_decode(
     scale = _checked_scale(op, scale, q)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise RuntimeError(NO_GRADIENT)
+    backend = _serving(q, k, v, positions)
     result: Tensor
-    if _is_plain(q, k, v, positions):
+    if backend == "reference":
         result = _plainly(reference.masked_attention3d_decode, q, k, v, positions, grid, mask, scale)
     else:
-        result = torch.ops.vpfast.masked_attention3d_decode(q, k, v, positions, (T, H, W), mask.name, mask.radii, scale)
+        result = operator(op, backend)(q, k, v, positions, (T, H, W), mask.name, mask.radii, scale)
     return result
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Is plain PyTorch asked for? On a CPU without a kernel the operators are served by the reference, but in bounded
-    memory."""
-    backends.select(tensors[0].device.type)
-    return current_backend() == "reference" or is_transformed(*tensors)
+def _serving(*tensors: Tensor) -> str:
+    """The backend that serves these. On a CPU without a kernel that is still the operator: the reference answers there,
+    but in bounded memory."""
+    backend = backends.select(tensors[0].device.type)
+    if current_backend() == "reference" or is_transformed(*tensors):
+        return "reference"
+    return "native" if backend == "reference" else backend
 
 
 def _plainly(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:

@@ -10,30 +10,30 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY
+from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import Mask3d
 from vpfast.ops.masked_attention3d.reference import working_dtype
 
-FORWARD, BACKWARD = "vpfast::masked_attention3d", "vpfast::masked_attention3d_backward"
-DECODE = "vpfast::masked_attention3d_decode"
+FORWARD, BACKWARD, DECODE = "masked_attention3d", "masked_attention3d_backward", "masked_attention3d_decode"
 
-LIBRARY.define(
-    "masked_attention3d(Tensor q, Tensor k, Tensor v, SymInt[] grid, str mask, SymInt[] window, float scale)"
-    " -> (Tensor out, Tensor lse)"
-)
-LIBRARY.define(
-    "masked_attention3d_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt[] grid,"
-    " str mask, SymInt[] window, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
-)
-LIBRARY.define(
-    "masked_attention3d_decode(Tensor q, Tensor k, Tensor v, Tensor positions, SymInt[] grid, str mask,"
-    " SymInt[] window, float scale) -> Tensor out"
-)
+for _variant in VARIANTS:
+    LIBRARY.define(
+        f"{FORWARD}{_variant}(Tensor q, Tensor k, Tensor v, SymInt[] grid, str mask, SymInt[] window, float scale)"
+        " -> (Tensor out, Tensor lse)"
+    )
+    LIBRARY.define(
+        f"{BACKWARD}{_variant}(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt[] grid,"
+        " str mask, SymInt[] window, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+    )
+    LIBRARY.define(
+        f"{DECODE}{_variant}(Tensor q, Tensor k, Tensor v, Tensor positions, SymInt[] grid, str mask,"
+        " SymInt[] window, float scale) -> Tensor out"
+    )
 
 Ints = Sequence[int]
 
-backends = Backends("ops.masked_attention3d", native=native_devices(FORWARD), triton=False)
+backends = Backends("ops.masked_attention3d", native=native_devices(f"vpfast::{FORWARD}"), triton=True)
 
 
 # --- the reference in the kernel's place ------------------------------------------------------------------------------
@@ -90,25 +90,24 @@ def _serve_reference_on_cpu() -> None:
     """Whatever the extension has no kernel for still exists: the reference answers for CPU tensors."""
     served: dict[str, Callable[..., Any]] = {FORWARD: _forward, BACKWARD: _backward, DECODE: _decode}
     for op, answer in served.items():
-        if "cpu" not in native_devices(op):
+        if "cpu" not in native_devices(f"vpfast::{op}"):
             exact = torch.autocast("cpu", enabled=False)(answer)  # or its products of matrices were cast down again
-            LIBRARY.impl(op.removeprefix("vpfast::"), exact, "CPU")
+            LIBRARY.impl(op, exact, "CPU")
 
 
 _serve_reference_on_cpu()
+serve_by_triton("masked_attention3d", FORWARD, BACKWARD, DECODE)
 
 
 # --- fake tensors -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake(FORWARD, lib=LIBRARY)
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, grid: Ints, mask: str, window: Ints, scale: float
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=working_dtype(q))
 
 
-@torch.library.register_fake(BACKWARD, lib=LIBRARY)
 def _fake_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -124,7 +123,6 @@ def _fake_backward(
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-@torch.library.register_fake(DECODE, lib=LIBRARY)
 def _fake_decode(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, grid: Ints, mask: str, window: Ints, scale: float
 ) -> Tensor:
@@ -141,11 +139,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 7
-    gradients = torch.ops.vpfast.masked_attention3d_backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None
+def _gradients(variant: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    operator = getattr(torch.ops.vpfast, BACKWARD + variant)
+
+    def gradients(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 7
+        return *operator(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+    return gradients
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -163,11 +165,6 @@ NO_GRADIENT = (
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(NO_GRADIENT)
-
-
-torch.library.register_autograd(FORWARD, _gradients, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd(BACKWARD, _double_backward, lib=LIBRARY)
-torch.library.register_autograd(DECODE, _no_gradient, lib=LIBRARY)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -190,6 +187,17 @@ def _register_autocast(op: str, key: str) -> None:
     LIBRARY.impl(op, cast, key)
 
 
-for _op in ("masked_attention3d", "masked_attention3d_decode"):
+# --- both variants ----------------------------------------------------------------------------------------------------
+
+
+for _variant in VARIANTS:
+    for _op, _fake in ((FORWARD, _fake_forward), (BACKWARD, _fake_backward), (DECODE, _fake_decode)):
+        torch.library.register_fake(f"vpfast::{_op}{_variant}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"vpfast::{FORWARD}{_variant}", _gradients(_variant), setup_context=_setup, lib=LIBRARY
+    )
+    torch.library.register_autograd(f"vpfast::{BACKWARD}{_variant}", _double_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"vpfast::{DECODE}{_variant}", _no_gradient, lib=LIBRARY)
     for _key in ("AutocastCPU", "AutocastCUDA"):
-        _register_autocast(_op, _key)
+        _register_autocast(FORWARD + _variant, _key)
+        _register_autocast(DECODE + _variant, _key)
