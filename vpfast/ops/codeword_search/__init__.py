@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._library import operator
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import CodewordSearchTraining
 from vpfast.ops.codeword_search.register import backends, to_float32
@@ -48,9 +49,10 @@ def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = 
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     codebooks = _checked("codeword_search", z, codebooks, strict_tree)
+    backend = backends.select(z.device.type)
     if _is_plain(z, codebooks):
         return reference.codeword_search(*_as_autocast(z, codebooks), strict_tree)
-    result: tuple[Tensor, Tensor] = torch.ops.vpfast.codeword_search(z, codebooks, strict_tree)
+    result: tuple[Tensor, Tensor] = operator("codeword_search", backend)(z, codebooks, strict_tree)
     return result
 
 
@@ -84,15 +86,15 @@ def codeword_search_train(
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     codebooks = _checked("codeword_search_train", z, codebooks, strict_tree)
+    backend = backends.select(z.device.type)
     if _is_plain(z, codebooks):
         return reference.training(*_as_autocast(z, codebooks), strict_tree, attached)
-    return CodewordSearchTraining(*torch.ops.vpfast.codeword_search_losses(z, codebooks, strict_tree, attached))
+    return CodewordSearchTraining(*operator("codeword_search_losses", backend)(z, codebooks, strict_tree, attached))
 
 
 def _is_plain(z: Tensor, codebooks: list[Tensor]) -> bool:
     """Is plain PyTorch asked for? On a CPU without a kernel the operators are served by the reference, but in bounded
     memory."""
-    backends.select(z.device.type)
     return current_backend() == "reference" or is_transformed(z, *codebooks)
 
 

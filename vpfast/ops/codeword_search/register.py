@@ -1,43 +1,46 @@
 """``vpfast::codeword_search`` and its training forms as torch operators: schema, fake, autograd, autocast."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY
+from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import working_dtype
 
-FORWARD, BACKWARD = "vpfast::codeword_search", "vpfast::codeword_search_backward"
-TRAIN, TRAIN_BACKWARD = "vpfast::codeword_search_train", "vpfast::codeword_search_train_backward"
-LOSSES = "vpfast::codeword_search_losses"
+FORWARD, BACKWARD = "codeword_search", "codeword_search_backward"
+TRAIN, TRAIN_BACKWARD = "codeword_search_train", "codeword_search_train_backward"
+LOSSES = "codeword_search_losses"
 
-LIBRARY.define("codeword_search(Tensor z, Tensor[] codebooks, bool strict_tree) -> (Tensor quantized, Tensor indices)")
-LIBRARY.define(
-    "codeword_search_backward(Tensor grad_quantized, Tensor indices, Tensor[] codebooks, bool strict_tree) -> Tensor[]"
-)
-LIBRARY.define(
-    "codeword_search_train(Tensor z, Tensor[] codebooks, bool strict_tree)"
-    " -> (Tensor quantized, Tensor indices, Tensor errors, Tensor counts, Tensor sums)"
-)
-LIBRARY.define(
-    "codeword_search_train_backward(Tensor? grad_quantized, Tensor weights_z, Tensor weights_codebooks, Tensor z,"
-    " Tensor indices, Tensor[] codebooks, Tensor counts, Tensor sums, bool strict_tree)"
-    " -> (Tensor grad_z, Tensor[] grad_codebooks)"
-)
-LIBRARY.define(
-    "codeword_search_losses(Tensor z, Tensor[] codebooks, bool strict_tree, bool attached)"
-    " -> (Tensor quantized, Tensor indices, Tensor codebook_losses, Tensor commitment_losses, Tensor combined_loss,"
-    " Tensor counts, Tensor sums)"
-)
+for _variant in VARIANTS:
+    LIBRARY.define(
+        f"{FORWARD}{_variant}(Tensor z, Tensor[] codebooks, bool strict_tree) -> (Tensor quantized, Tensor indices)"
+    )
+    LIBRARY.define(
+        f"{BACKWARD}{_variant}(Tensor grad_quantized, Tensor indices, Tensor[] codebooks, bool strict_tree) -> Tensor[]"
+    )
+    LIBRARY.define(
+        f"{TRAIN}{_variant}(Tensor z, Tensor[] codebooks, bool strict_tree)"
+        " -> (Tensor quantized, Tensor indices, Tensor errors, Tensor counts, Tensor sums)"
+    )
+    LIBRARY.define(
+        f"{TRAIN_BACKWARD}{_variant}(Tensor? grad_quantized, Tensor weights_z, Tensor weights_codebooks, Tensor z,"
+        " Tensor indices, Tensor[] codebooks, Tensor counts, Tensor sums, bool strict_tree)"
+        " -> (Tensor grad_z, Tensor[] grad_codebooks)"
+    )
+    LIBRARY.define(
+        f"{LOSSES}{_variant}(Tensor z, Tensor[] codebooks, bool strict_tree, bool attached)"
+        " -> (Tensor quantized, Tensor indices, Tensor codebook_losses, Tensor commitment_losses, Tensor combined_loss,"
+        " Tensor counts, Tensor sums)"
+    )
 
 Training = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Losses = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-backends = Backends("ops.codeword_search", native=native_devices(FORWARD), triton=False)
+backends = Backends("ops.codeword_search", native=native_devices(f"vpfast::{FORWARD}"), triton=True)
 
 
 # --- the reference in the kernel's place ------------------------------------------------------------------------------
@@ -92,32 +95,31 @@ def _serve_reference_on_cpu() -> None:
         pairs = zip(grad_codebooks, codebooks, strict=True)
         return grad_z.to(z.dtype).contiguous(), [grad.to(codebook.dtype).contiguous() for grad, codebook in pairs]
 
-    LIBRARY.impl("codeword_search", search, "CPU")
-    LIBRARY.impl("codeword_search_backward", search_backward, "CPU")
-    LIBRARY.impl("codeword_search_train", train, "CPU")
-    LIBRARY.impl("codeword_search_train_backward", train_backward, "CPU")
+    LIBRARY.impl(FORWARD, search, "CPU")
+    LIBRARY.impl(BACKWARD, search_backward, "CPU")
+    LIBRARY.impl(TRAIN, train, "CPU")
+    LIBRARY.impl(TRAIN_BACKWARD, train_backward, "CPU")
 
 
 if "cpu" not in backends.native:
     _serve_reference_on_cpu()
 
+serve_by_triton("codeword_search", FORWARD, BACKWARD, TRAIN, TRAIN_BACKWARD)
+
 
 # --- fake tensors -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake(FORWARD, lib=LIBRARY)
 def _fake_search(z: Tensor, codebooks: list[Tensor], strict_tree: bool) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty((z.shape[0], len(codebooks)), dtype=torch.int64)
 
 
-@torch.library.register_fake(BACKWARD, lib=LIBRARY)
 def _fake_search_backward(
     grad_quantized: Tensor, indices: Tensor, codebooks: list[Tensor], strict_tree: bool
 ) -> list[Tensor]:
     return [codebook.new_empty(codebook.shape) for codebook in codebooks]
 
 
-@torch.library.register_fake(TRAIN, lib=LIBRARY)
 def _fake_train(z: Tensor, codebooks: list[Tensor], strict_tree: bool) -> Training:
     rows = sum(codebook.shape[0] for codebook in codebooks)
     shapes = ((len(codebooks),), (rows,), (rows, z.shape[1]))
@@ -125,7 +127,6 @@ def _fake_train(z: Tensor, codebooks: list[Tensor], strict_tree: bool) -> Traini
     return *_fake_search(z, codebooks, strict_tree), errors, counts, sums
 
 
-@torch.library.register_fake(TRAIN_BACKWARD, lib=LIBRARY)
 def _fake_train_backward(
     grad_quantized: Tensor | None,
     weights_z: Tensor,
@@ -143,14 +144,15 @@ def _fake_train_backward(
 # --- the losses of the training form ----------------------------------------------------------------------------------
 
 
-def _losses(z: Tensor, codebooks: list[Tensor], strict_tree: bool, attached: bool) -> Losses:
+def _losses(variant: str) -> Callable[[Tensor, list[Tensor], bool, bool], Losses]:
     """The errors of one search told as the three kinds of loss: equal in value, apart in what they are for."""
-    quantized, indices, errors, counts, sums = torch.ops.vpfast.codeword_search_train(z, codebooks, strict_tree)
-    return quantized, indices, errors, errors.clone(), errors[-1].clone(), counts, sums
+    train = getattr(torch.ops.vpfast, TRAIN + variant)
 
+    def losses(z: Tensor, codebooks: list[Tensor], strict_tree: bool, attached: bool) -> Losses:
+        quantized, indices, errors, counts, sums = train(z, codebooks, strict_tree)
+        return quantized, indices, errors, errors.clone(), errors[-1].clone(), counts, sums
 
-LIBRARY.impl("codeword_search_losses", _losses, "CompositeExplicitAutograd")
-torch.library.register_fake(LOSSES, _losses, lib=LIBRARY)
+    return losses
 
 
 def _weights(
@@ -183,24 +185,32 @@ def _losses_setup(ctx: Any, inputs: tuple[Tensor, list[Tensor], bool, bool], out
     ctx.set_materialize_grads(False)
 
 
-def _losses_backward(
-    ctx: Any,
-    grad_quantized: Tensor | None,
-    grad_indices: None,
-    grad_codebook: Tensor | None,
-    grad_commitment: Tensor | None,
-    grad_combined: Tensor | None,
-    grad_counts: None,
-    grad_sums: None,
-) -> tuple[Tensor | None, Sequence[Tensor | None], None, None]:
-    z, indices, counts, sums, *codebooks = ctx.saved_tensors
-    if grad_codebook is None and grad_commitment is None and grad_combined is None:
-        return grad_quantized, [None] * len(codebooks), None, None
-    weights = _weights(len(codebooks), ctx.attached, counts, grad_codebook, grad_commitment, grad_combined)
-    grad_z, grad_codebooks = torch.ops.vpfast.codeword_search_train_backward(
-        grad_quantized, *weights, z, indices, codebooks, counts, sums, ctx.strict_tree
-    )
-    return grad_z, grad_codebooks, None, None
+Gradients = tuple[Tensor | None, Sequence[Tensor | None], None, None]
+
+
+def _losses_backward(variant: str) -> Callable[..., Gradients]:
+    train_backward = getattr(torch.ops.vpfast, TRAIN_BACKWARD + variant)
+
+    def backward(
+        ctx: Any,
+        grad_quantized: Tensor | None,
+        grad_indices: None,
+        grad_codebook: Tensor | None,
+        grad_commitment: Tensor | None,
+        grad_combined: Tensor | None,
+        grad_counts: None,
+        grad_sums: None,
+    ) -> Gradients:
+        z, indices, counts, sums, *codebooks = ctx.saved_tensors
+        if grad_codebook is None and grad_commitment is None and grad_combined is None:
+            return grad_quantized, [None] * len(codebooks), None, None
+        weights = _weights(len(codebooks), ctx.attached, counts, grad_codebook, grad_commitment, grad_combined)
+        grad_z, grad_codebooks = train_backward(
+            grad_quantized, *weights, z, indices, codebooks, counts, sums, ctx.strict_tree
+        )
+        return grad_z, grad_codebooks, None, None
+
+    return backward
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -213,15 +223,19 @@ def _setup(ctx: Any, inputs: tuple[Tensor, list[Tensor], bool], output: tuple[Te
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_quantized: Tensor | None, grad_indices: None
-) -> tuple[None, Sequence[Tensor | None], None]:
+def _backward(variant: str) -> Callable[..., tuple[None, Sequence[Tensor | None], None]]:
     """The codes are piecewise constant in z, so nothing reaches it."""
-    indices, *codebooks = ctx.saved_tensors
-    if grad_quantized is None or not any(ctx.needs_input_grad[1]):
-        return None, [None] * len(codebooks), None
-    gradients = torch.ops.vpfast.codeword_search_backward(grad_quantized, indices, codebooks, ctx.strict_tree)
-    return None, gradients, None
+    search_backward = getattr(torch.ops.vpfast, BACKWARD + variant)
+
+    def backward(
+        ctx: Any, grad_quantized: Tensor | None, grad_indices: None
+    ) -> tuple[None, Sequence[Tensor | None], None]:
+        indices, *codebooks = ctx.saved_tensors
+        if grad_quantized is None or not any(ctx.needs_input_grad[1]):
+            return None, [None] * len(codebooks), None
+        return None, search_backward(grad_quantized, indices, codebooks, ctx.strict_tree), None
+
+    return backward
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -235,13 +249,6 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(
         "vpfast::codeword_search_train has no gradient of its own; call vpfast.ops.codeword_search_train, which has"
     )
-
-
-torch.library.register_autograd(FORWARD, _backward, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd(LOSSES, _losses_backward, setup_context=_losses_setup, lib=LIBRARY)
-torch.library.register_autograd(TRAIN, _no_gradient, lib=LIBRARY)
-torch.library.register_autograd(BACKWARD, _double_backward, lib=LIBRARY)
-torch.library.register_autograd(TRAIN_BACKWARD, _double_backward, lib=LIBRARY)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -263,6 +270,35 @@ def _register_autocast(op: str, key: str) -> None:
     LIBRARY.impl(op, forward, key)
 
 
-for _op in ("codeword_search", "codeword_search_train", "codeword_search_losses"):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        _register_autocast(_op, _key)
+# --- both variants ----------------------------------------------------------------------------------------------------
+
+
+def _register(variant: str) -> None:
+    losses = _losses(variant)
+    fakes: dict[str, Callable[..., Any]] = {
+        FORWARD: _fake_search,
+        BACKWARD: _fake_search_backward,
+        TRAIN: _fake_train,
+        TRAIN_BACKWARD: _fake_train_backward,
+        LOSSES: losses,
+    }
+    for op, fake in fakes.items():
+        torch.library.register_fake(f"vpfast::{op}{variant}", fake, lib=LIBRARY)
+    LIBRARY.impl(LOSSES + variant, losses, "CompositeExplicitAutograd")
+
+    def differentiate(op: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+        torch.library.register_autograd(f"vpfast::{op}{variant}", backward, setup_context=setup, lib=LIBRARY)
+
+    differentiate(FORWARD, _backward(variant), _setup)
+    differentiate(LOSSES, _losses_backward(variant), _losses_setup)
+    differentiate(TRAIN, _no_gradient)
+    differentiate(BACKWARD, _double_backward)
+    differentiate(TRAIN_BACKWARD, _double_backward)
+
+    for op in (FORWARD, TRAIN, LOSSES):
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _register_autocast(op + variant, key)
+
+
+for _variant in VARIANTS:
+    _register(_variant)
