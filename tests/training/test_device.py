@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vpfast.cli.doctor import operators
-from vpfast.ops import backend
+from vpfast.ops import _gpu, backend
 from vpfast.ops._backend import BackendError, Backends
 from vpfast.training import device
 from vpfast.training.device import pick_device
@@ -16,6 +16,7 @@ def gpu(monkeypatch):
 
     def make(*native):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(_gpu, "capability", lambda index: None)  # one that everything runs on
         monkeypatch.setattr(device, "OPERATORS", (Served(native),))
         device._say.cache_clear()
 

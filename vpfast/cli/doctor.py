@@ -14,10 +14,9 @@ import torch
 from vpfast import ops
 from vpfast._version import __version__
 from vpfast.cli import Parser
-from vpfast.ops import _native
-from vpfast.ops._backend import Backends
+from vpfast.ops import _backend, _gpu, _native
+from vpfast.ops._backend import BackendError, Backends
 
-DEVICES = ("cpu", "cuda")
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -33,6 +32,7 @@ def report() -> Iterator[str]:
     yield from _section("vpfast", _versions())
     yield from _section("build", _build())
     yield from _section("processor", _processor())
+    yield from _section("triton", _triton())
     yield from _section("gpu", _gpus())
     for name in operators():
         yield from _section(name, _operator(name))
@@ -103,6 +103,15 @@ def _ask(name: str, otherwise: Any) -> Any:
     return otherwise if function is None else function()
 
 
+def _triton() -> Iterator[tuple[str, object]]:
+    try:
+        yield "version", importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no known version" if _backend._HAS_TRITON else "none: pip install triton; a CUDA torch brings it"
+        yield "version", found
+    yield "interpreter", "on (TRITON_INTERPRET=1): CPU tensors alone, slowly" if _backend._INTERPRETED else "off"
+
+
 def _gpus() -> Iterator[tuple[str, object]]:
     if not torch.cuda.is_available():
         yield "devices", "none that torch can use"
@@ -111,16 +120,30 @@ def _gpus() -> Iterator[tuple[str, object]]:
         found = torch.cuda.get_device_properties(index)
         memory = f"{found.total_memory / 2**30:.0f} GiB"
         yield f"cuda:{index}", f"{found.name}, compute capability {found.major}.{found.minor}, {memory}"
+        compiled_for = ", ".join(_gpu.built_for()) or "no GPU"
+        runs = "runs" if _gpu.runs_native(index) else "does not run"
+        yield "", f"compiled code (for {compiled_for}) {runs} there"
+        yield "", f"Triton {'can' if _gpu.runs_triton(index) else 'cannot'} compile for it"
     yield "kernel probe", _ask("cuda_probe", "no compiled extension")
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    """Devices to ask the operators about, each with what is to be added to the answer."""
+    yield "cpu", ""
+    if not torch.cuda.is_available():
+        yield "cuda", ", if a GPU were here"
+        return
+    for index in range(torch.cuda.device_count()):
+        yield f"cuda:{index}", ""
 
 
 def _operator(name: str) -> Iterator[tuple[str, object]]:
     backends = _room(name)
     assert backends is not None
-    for device in DEVICES:
+    for device, note in _devices():
         try:
-            chosen = backends.select(device)
-        except RuntimeError:
+            chosen = backends.select(device) + note
+        except BackendError:
             chosen = "none: an error"
         yield f"on {device}", chosen
         for other in BACKENDS:

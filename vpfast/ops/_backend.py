@@ -8,11 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch.autograd import forward_ad
 
-from vpfast.ops import _native
+from vpfast.ops import _gpu, _native
 
 Name = Literal["auto", "native", "triton", "reference"]
 NAMES: tuple[str, ...] = get_args(Name)
-
+Device = torch.device | str
 
 # Looked for, not imported: that takes a second, and a machine without a GPU may have none.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -82,38 +82,67 @@ def current_backend() -> str:
 class Backends:
     """The implementations that one operator has in this installation.
 
-    ``native`` holds the device types with a compiled kernel, ``triton`` tells whether a Triton kernel exists.
+    ``native`` holds the device types with a compiled kernel, ``triton`` tells whether a Triton kernel exists, and
+    ``cuda_source`` whether csrc has a CUDA kernel, compiled here or not.
     """
 
-    def __init__(self, op: str, native: tuple[str, ...], triton: bool) -> None:
+    def __init__(self, op: str, native: tuple[str, ...], triton: bool, cuda_source: bool = True) -> None:
         self.op = op
         self.native = native
         self.triton = triton
+        self.cuda_source = cuda_source
 
-    def serves(self, name: str, device: str) -> bool:
+    def serves(self, name: str, device: Device) -> bool:
         """Can backend ``name`` serve ``device``? What ``torch.compile`` traces, so it reads no file to give reasons."""
+        device = torch.device(device)
+        on_gpu = device.type == "cuda"
         if name == "native":
-            return _native.extension is not None and device in self.native
+            if _native.extension is None or device.type not in self.native:
+                return False
+            return not on_gpu or _gpu.runs_native(device.index)
         if name == "triton":
-            return self.triton and _HAS_TRITON and (device == "cuda" or (device == "cpu" and _INTERPRETED))
+            if not (self.triton and _HAS_TRITON):
+                return False
+            if _INTERPRETED:
+                return device.type == "cpu"
+            return on_gpu and _gpu.runs_triton(device.index)
         return name == "reference"
 
-    def refusal(self, name: str, device: str) -> str | None:
+    def refusal(self, name: str, device: Device) -> str | None:
         """Why backend ``name`` cannot serve ``device``; None if it can."""
         if self.serves(name, device):
             return None
-        if name == "native":
-            if _native.extension is None:
-                return _native.why_missing()
-            return f"no compiled kernel for {device} tensors (there is one for: {', '.join(self.native) or 'none'})"
+        return self._no_native(torch.device(device)) if name == "native" else self._no_triton(torch.device(device))
+
+    def _no_native(self, device: torch.device) -> str:
+        if device.type == "cuda" and not self.cuda_source:
+            return "this operator has no CUDA C++ kernel by design: on a GPU Triton serves it"
+        if _native.extension is None:
+            return _native.why_missing()
+        if device.type in self.native:
+            return (
+                f"the extension holds code for {', '.join(_gpu.built_for())} and {_gpu.described(device.index)}; build "
+                "it again with TORCH_CUDA_ARCH_LIST set to that"
+            )
+        if device.type == "cuda" and not _gpu.built_for():
+            return f"the extension was built without CUDA ({_native.build_record()['reason']})"
+        return f"no compiled kernel for {device.type} tensors (there is one for: {', '.join(self.native) or 'none'})"
+
+    def _no_triton(self, device: torch.device) -> str:
         if not self.triton:
             return "this operator has no Triton kernel"
         if not _HAS_TRITON:
             return "Triton is not installed (pip install triton; a CUDA build of torch brings it)"
-        return f"Triton kernels need a CUDA tensor, not {device}"
+        if device.type != "cuda":
+            switch = "" if device.type != "cpu" else " (TRITON_INTERPRET=1 interprets them on the CPU, for tests)"
+            return f"Triton kernels need a CUDA tensor, not {device.type}{switch}"
+        if _INTERPRETED:
+            return "Triton's interpreter is switched on (TRITON_INTERPRET=1): it serves CPU tensors alone, for tests"
+        least = ".".join(map(str, _gpu.TRITON_NEEDS))
+        return f"Triton needs compute capability {least} or later, and {_gpu.described(device.index)}"
 
-    def select(self, device: str) -> str:
-        """The backend that serves a tensor on ``device`` under the current choice.
+    def select(self, device: Device) -> str:
+        """The backend that serves a tensor on ``device`` under the current choice; "cuda" is the current GPU.
 
         Raises:
             BackendError: none can; the message lists every backend and why it was refused.
@@ -123,17 +152,18 @@ class Backends:
             if self.serves(chosen, device):
                 return chosen
             return self._refuse(device, (chosen,))
-        if device == "cpu":
+        if torch.device(device).type == "cpu":
             return "native" if self.serves("native", device) else "reference"
         for name in ("native", "triton"):
             if self.serves(name, device):
                 return name
         return self._refuse(device, ("native", "triton"))
 
-    def _refuse(self, device: str, asked: tuple[str, ...]) -> str:
+    def _refuse(self, device: Device, asked: tuple[str, ...]) -> str:
         reasons = "; ".join(f"{name}: {self.refusal(name, device)}" for name in asked)
+        kind = torch.device(device).type
         raise BackendError(
-            f"vpfast.{self.op} has no backend for this {device} tensor under vpfast.backend({_chosen!r}). {reasons}. "
+            f"vpfast.{self.op} has no backend for this {kind} tensor under vpfast.backend({_chosen!r}). {reasons}. "
             'vpfast.backend("reference"), or VPFAST_BACKEND=reference in the environment, runs the plain PyTorch '
             "version on any device; `vpfast doctor` shows what is installed."
         )

@@ -49,7 +49,7 @@ def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = 
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     codebooks = _checked("codeword_search", z, codebooks, strict_tree)
-    backend = backends.select(z.device.type)
+    backend = backends.select(z.device)
     if _is_plain(z, codebooks):
         return reference.codeword_search(*_as_autocast(z, codebooks), strict_tree)
     result: tuple[Tensor, Tensor] = operator("codeword_search", backend)(z, codebooks, strict_tree)
@@ -86,7 +86,7 @@ def codeword_search_train(
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     codebooks = _checked("codeword_search_train", z, codebooks, strict_tree)
-    backend = backends.select(z.device.type)
+    backend = backends.select(z.device)
     if _is_plain(z, codebooks):
         return reference.training(*_as_autocast(z, codebooks), strict_tree, attached)
     return CodewordSearchTraining(*operator("codeword_search_losses", backend)(z, codebooks, strict_tree, attached))

@@ -37,7 +37,7 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
         BackendError: (a RuntimeError) the chosen backend cannot serve this device; the message says why.
     """
     _check(gates, c_prev, order)
-    backend = backends.select(gates.device.type)
+    backend = backends.select(gates.device)
     if backend == "reference" or is_transformed(gates, c_prev):
         if autocast_is_on(gates) and gates.dtype != torch.float64:
             c_prev = c_prev.float()

@@ -131,7 +131,7 @@ def masked_attention3d_decode(
 def _serving(*tensors: Tensor) -> str:
     """The backend that serves these. On a CPU without a kernel that is still the operator: the reference answers there,
     but in bounded memory."""
-    backend = backends.select(tensors[0].device.type)
+    backend = backends.select(tensors[0].device)
     if current_backend() == "reference" or is_transformed(*tensors):
         return "reference"
     return "native" if backend == "reference" else backend

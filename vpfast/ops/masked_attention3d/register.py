@@ -33,7 +33,9 @@ for _variant in VARIANTS:
 
 Ints = Sequence[int]
 
-backends = Backends("ops.masked_attention3d", native=native_devices(f"vpfast::{FORWARD}"), triton=True)
+backends = Backends(
+    "ops.masked_attention3d", native=native_devices(f"vpfast::{FORWARD}"), triton=True, cuda_source=False
+)
 
 
 # --- the reference in the kernel's place ------------------------------------------------------------------------------
