@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import interpreter
 import pytest
 import torch
 
@@ -49,5 +50,7 @@ def place(request):
     backend, device = request.param
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
+    if device == "cpu":
+        interpreter.mend()
     with vpfast.backend(backend):
         yield device
