@@ -1,6 +1,7 @@
 # Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
 #   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
+#   make gpu-check   on a machine with a GPU: build, tests, benchmarks in ten minutes, with the packages of PYTHON, no network
 # TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu-check resources clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
@@ -33,6 +34,13 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/ops/bench_codeword_search.py --save
 	$(BIN)/python benchmarks/ops/bench_masked_attention3d.py --save
 	$(BIN)/python benchmarks/models/bench_sampler.py --save
+
+# Installs nothing: the packages are those that PYTHON sees.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out '$(OUT)')
+
+resources: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/resources.py --save
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info vpfast/_C*.so vpfast/_build.json
