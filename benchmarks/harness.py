@@ -132,8 +132,8 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def save(name: str, record: dict[str, Any], markdown: str) -> None:
-    """Keep ``record`` as results/NAME.json and ``markdown`` as results/NAME.md."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown + "\n")
+def save(name: str, record: dict[str, Any], markdown: str, folder: Path = RESULTS) -> None:
+    """Keep ``record`` as FOLDER/NAME.json and ``markdown`` as FOLDER/NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown + "\n")

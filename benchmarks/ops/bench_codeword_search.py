@@ -1,6 +1,6 @@
 """codeword_search against the same formula in PyTorch, torch.cdist and vector-quantize-pytorch.
 
-    python benchmarks/ops/bench_codeword_search.py [--save]
+    python benchmarks/ops/bench_codeword_search.py [--save] [--device cuda]
 
 Float32. A contender that returns a codeword that is not the nearest ends the run without a figure. Peak memory is what
 the process held at most during a call beyond its inputs and results, as the system counts it. Output allocation is part
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import gpu
 import harness
 
 from vpfast.ops import CodewordSearchTraining, codeword_search, codeword_search_train
 from vpfast.ops.codeword_search import reference
+from vpfast.ops.codeword_search.register import backends
 
 
 @dataclass
@@ -37,11 +39,11 @@ class Case:
     layers: int
     train: bool = False
 
-    def draw(self) -> tuple[Tensor, list[Tensor]]:
+    def draw(self, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
         """Normal vectors; codewords halve from layer to layer, as residuals do."""
         rows = [self.size ** (layer + 1) for layer in range(self.layers)]
-        codebooks = [torch.randn(count, self.dim) * 0.5**layer for layer, count in enumerate(rows)]
-        return torch.randn(self.vectors, self.dim), codebooks
+        codebooks = [torch.randn(count, self.dim, device=device) * 0.5**layer for layer, count in enumerate(rows)]
+        return torch.randn(self.vectors, self.dim, device=device), codebooks
 
     def bytes_moved(self) -> int:
         return self.vectors * (2 * 4 * self.dim + 8 * self.layers)
@@ -193,14 +195,74 @@ def table(rows: list[dict]) -> str:
     return harness.markdown_table(header, lines)
 
 
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+GPU_CASES = (
+    Case("KTH 3x8: 3 layers of 8", 2**20, 8, 8, 3),
+    Case("KTH 9x2: 9 layers of 2", 2**20, 8, 2, 9),
+    Case("KTH 1x512: a codebook of 512", 2**20, 8, 512, 1),
+    Case("a codebook of 4096", 2**18, 64, 4096, 1),
+    Case("KTH 3x8, training forward + backward", 2**20, 8, 8, 3, train=True),
+)
+COMPILED = ("KTH 3x8: 3 layers of 8", "KTH 3x8, training forward + backward")  # each takes the compiler long
+AT_MOST_MS = 0.030
+
+
+def gpu_contenders(case: Case, z: Tensor, codebooks: list[Tensor], grad: Tensor) -> dict[str, Call]:
+    calls = train_contenders(z, codebooks, grad) if case.train else search_contenders(case, z, codebooks)
+    vpfast = gpu.by_backend(backends, z.device.type, calls.pop("vpfast"))
+    if case.title not in COMPILED:
+        del calls["torch.compile"]
+    if case.bytes_of_eager() > 2**34:
+        del calls["eager"]
+    return vpfast | calls
+
+
+def measure_on_gpu(case: Case, device: str) -> tuple[list[dict], list[gpu.Bar], list[str]]:
+    z, codebooks = case.draw(device)
+    torch.compiler.reset()
+    grad = torch.randn_like(z)
+    exact: tuple[Tensor, ...] = ()
+    if case.train:
+        exact = train_contenders(z.double(), [codebook.double() for codebook in codebooks], grad.double())["eager"]()
+
+    def check(name: str, found: tuple[Tensor, ...]) -> None:
+        name = name.partition(",")[0] if name.startswith("vpfast") else name
+        check_codes(name, found[1 if len(found) > 1 else 0], z, codebooks)
+        if case.train:
+            check_training(name, found, exact)
+
+    running, refused = gpu.checked(gpu_contenders(case, z, codebooks, grad), check)
+    timings = gpu.time_calls({"copy": gpu.copying(case.bytes_moved(), device), **running}, device)
+    title = f"{case.title}; ({case.vectors}, {case.dim})"
+    rows = gpu.rows_of(title, timings, **({} if case.train else {"bytes": case.bytes_moved()}))
+    if case is not GPU_CASES[0]:
+        return rows, [], refused
+    return rows, [gpu.Bar(title, gpu.median(rows, title, "vpfast"), AT_MOST_MS, " ms", at_most=True)], refused
+
+
+def on_gpu(options: argparse.Namespace) -> None:
+    rows, bars, refused = [], [], []
+    for case in GPU_CASES:
+        if options.rehearse:
+            case.vectors, case.size = 500, min(case.size, 16)
+        found = measure_on_gpu(case, gpu.device_of(options))
+        rows, bars, refused = rows + found[0], bars + found[1], refused + found[2]
+    gpu.report("codeword_search", rows, bars, refused, options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="keep the record under benchmarks/results/")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each comparison")
     parser.add_argument("--at-most", type=int, help="so many vectors a case, to see that it runs")
+    gpu.add_options(parser)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
+    if arguments.device == "cuda":
+        on_gpu(arguments)
+        return
     harness.allocator("recycled")
     rows = []
     for case in CASES:

@@ -1,6 +1,6 @@
 """masked_attention3d against scaled_dot_product_attention, FlexAttention and the same formula in PyTorch.
 
-    python benchmarks/ops/bench_masked_attention3d.py [--save]
+    python benchmarks/ops/bench_masked_attention3d.py [--save] [--device cuda]
 
 A contender whose result or gradients are wrong ends the run without a figure. Everyone is given the same mask:
 scaled_dot_product_attention (SDPA) as a dense tensor of bools, or by is_causal where the mask is that; FlexAttention as
@@ -14,19 +14,23 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import gpu
 import harness
 
 from vpfast.ops import Mask3d, masked_attention3d, masked_attention3d_decode
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import RULES
+from vpfast.ops.masked_attention3d.register import backends
 
 Call = Callable[[], tuple[Tensor, ...]]
 Grid = tuple[int, int, int]
@@ -60,14 +64,19 @@ class Case:
         return torch.arange(self.length)[-self.decode :]
 
     def flops(self) -> int:
-        pairs = sum(int(self.mask.visible(self.grid, rows).sum()) for rows in self.queries().split(1024))
-        return pairs * self.heads * self.dim * (14 if self.backward else 4)
+        return visible_pairs(self.mask, self.grid, self.decode) * self.heads * self.dim * (14 if self.backward else 4)
 
     def draw(self) -> list[Tensor]:
         """q, k, v and a gradient of the output."""
         shape = (1, self.heads, self.length, self.dim)
         drawn = [torch.randn(shape).to(self.dtype) for _ in range(4)]
         return [drawn[0][:, :, -self.decode :], *drawn[1:]]
+
+
+@cache
+def visible_pairs(mask: Mask3d, grid: Grid, decode: int) -> int:
+    queries = torch.arange(math.prod(grid))[-decode:]
+    return sum(int(mask.visible(grid, rows).sum()) for rows in queries.split(1024))
 
 
 ISSUED = [Mask3d("raster"), Mask3d("eq6"), Mask3d("separable"), Mask3d("past_frames"), Mask3d("raster", (2, 3, 3))]
@@ -124,7 +133,7 @@ def decoders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     return calls
 
 
-def flexible(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flexible(case: Case, device: str = "cpu") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Compiled FlexAttention under the rules of the case's mask."""
     _, height, width = case.grid
     frame, rule = height * width, RULES[case.mask.name]
@@ -137,7 +146,9 @@ def flexible(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
                 seen = seen & ((one - other).abs() <= radius)
         return seen
 
-    blocks = create_block_mask(sees, None, None, case.length, case.length, device="cpu")
+    # Compiled, the block mask is made without the whole mask in memory; on a CPU that takes longer than it saves.
+    made = {"device": device, "_compile": device != "cpu"}
+    blocks = create_block_mask(sees, None, None, case.length, case.length, **made)
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
 
@@ -217,15 +228,138 @@ def table(rows: list[dict]) -> str:
     return harness.markdown_table(header, lines)
 
 
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+LONG = (30, 32, 32)
+GPU_CASES = tuple(
+    Case(Mask3d(name), LONG, dim=dim, backward=backward, dtype=torch.bfloat16)
+    for dim in (16, 32)
+    for name in ("raster", "eq6")
+    for backward in (False, True)
+)
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+ROWS = 64  # queries whose results are looked at in float64
+
+
+@dataclass
+class Problem:
+    """Inputs on a device. Queries that see nothing get no gradient, and in ``dense`` see themselves: SDPA leaves open
+    what becomes of them."""
+
+    case: Case
+    device: str
+
+    def __post_init__(self) -> None:
+        case = self.case
+        shape = (1, case.heads, case.length, case.dim)
+        self.q, self.k, self.v, self.grad = (torch.randn(shape, device=self.device).to(case.dtype) for _ in range(4))
+        every = torch.arange(case.length, device=self.device)
+        self.causal = case.mask == Mask3d("raster")
+        self.dense = None if self.causal else case.mask.visible(case.grid, every)
+        if self.dense is not None:
+            blind = ~self.dense.any(1)
+            self.dense[blind, every[blind]] = True
+            self.grad = self.grad.masked_fill(blind[:, None], 0)
+
+    def step(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype | None = None) -> Call:
+        inputs = [tensor.to(dtype or self.case.dtype) for tensor in (self.q, self.k, self.v)]
+        leaves = [tensor.requires_grad_(self.case.backward) for tensor in (each.detach() for each in inputs)]
+        grad = self.grad.to(leaves[0].dtype)
+
+        def run() -> tuple[Tensor, ...]:
+            out = attention(*leaves)
+            return (out.detach(), *torch.autograd.grad(out, leaves, grad)) if self.case.backward else (out,)
+
+        return run
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.dense, is_causal=self.causal)
+
+    def sdpa_by(self, backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return self.sdpa(q, k, v)
+
+        return attend
+
+    def contenders(self) -> dict[str, Call]:
+        case = self.case
+        calls = gpu.by_backend(
+            backends, self.device, self.step(lambda q, k, v: masked_attention3d(q, k, v, case.grid, case.mask))
+        )
+        given = "is_causal" if self.causal else "dense mask"
+        calls |= {f"SDPA {name}, {given}": self.step(self.sdpa_by(backend)) for name, backend in SDPA.items()}
+        if not self.causal and not (self.device == "cpu" and case.backward):
+            calls["FlexAttention, compiled"] = self.step(flexible(case, self.device))
+        return calls
+
+    def checker(self) -> Callable[[str, tuple[Tensor, ...]], None]:
+        """Rows of the output in float64; gradients beside those of SDPA in float32."""
+        case = self.case
+        rows = torch.randint(case.length, (ROWS,), device=self.device)
+        exact = [tensor.double() for tensor in (self.q[:, :, rows], self.k, self.v)]
+        out = reference.masked_attention3d_decode(*exact, rows, case.grid, case.mask, case.dim**-0.5)
+        seen = case.mask.visible(case.grid, rows).any(1)[:, None]
+        gradients = self.step(self.sdpa, torch.float32)()[1:] if case.backward else ()
+
+        def check(name: str, found: tuple[Tensor, ...]) -> None:
+            got = found[0][:, :, rows]
+            pairs = [(got if name.startswith("vpfast") else got.masked_fill(~seen, 0), out)]
+            for what, want in [*pairs, *zip(found[1:], gradients, strict=True)]:
+                error = gpu.relative_error(what, want)
+                if not error < 2e-2:
+                    raise SystemExit(f"{case.title}: {name} is wrong (relative error {error:.1e}): no figures")
+
+        return check
+
+    def bars(self, rows: list[dict]) -> list[gpu.Bar]:
+        title = self.case.title
+        own = gpu.median(rows, title, "vpfast")
+        best = min((row["p50"] for row in rows if row["who"].startswith("SDPA")), default=None)
+        if self.causal:
+            return [gpu.Bar(f"{title}, times faster than SDPA's best backend", gpu.ratio(best, own), 1.5)]
+        flexible = gpu.median(rows, title, "FlexAttention, compiled")
+        return [
+            gpu.Bar(f"{title}, times faster than compiled FlexAttention", gpu.ratio(flexible, own), 2),
+            gpu.Bar(f"{title}, times faster than SDPA with a mask", gpu.ratio(best, own), 2.5),
+        ]
+
+
+def measure_on_gpu(case: Case, device: str) -> tuple[list[dict], list[gpu.Bar], list[str]]:
+    torch.compiler.reset()
+    problem = Problem(case, device)
+    running, refused = gpu.checked(problem.contenders(), problem.checker())
+    rows = gpu.rows_of(case.title, gpu.time_calls(running, device), flops=case.flops())
+    return rows, problem.bars(rows), [f"{case.title}: {line}" for line in refused]
+
+
+def on_gpu(options: argparse.Namespace) -> None:
+    rows, bars, refused = [], [], []
+    for case in GPU_CASES:
+        if options.only not in case.title:
+            continue
+        found = measure_on_gpu(replace(case, grid=(3, 4, 4)) if options.rehearse else case, gpu.device_of(options))
+        rows, bars, refused = rows + found[0], bars + found[1], refused + found[2]
+    gpu.report("masked_attention3d", rows, bars, refused, options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="keep the record under benchmarks/results/")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each comparison")
     parser.add_argument("--only", default="", help="the cases whose title contains this")
     parser.add_argument("--at-most", type=int, help="so many frames, rows and columns, to see that it runs")
+    gpu.add_options(parser)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
+    if arguments.device == "cuda":
+        on_gpu(arguments)
+        return
     harness.allocator("recycled")
     rows = []
     for case in CASES:
