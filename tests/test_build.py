@@ -200,6 +200,18 @@ def test_no_cpp_symbol_of_torch_is_needed():
     assert [line for line in undefined.splitlines() if any(n in line for n in ("c10::", "at::", "torch::"))] == []
 
 
+def test_what_only_a_cuda_torch_has_is_a_weak_symbol():
+    """A CUDA build also loads where torch has no CUDA: what is missing there is bound when it is called, or never."""
+    built = _native.build_record()
+    if built["built"] != "cuda" or shutil.which("nm") is None:
+        pytest.skip(f"needs an extension with CUDA and nm; built {built['built']}: {built['reason']}")
+    command = ["nm", "-D", "--undefined-only", _native.extension.__file__]
+    undefined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kinds = dict(line.split()[::-1] for line in undefined.splitlines())
+    of_cuda = {name: kind for name, kind in kinds.items() if name.startswith(("aoti_torch_", "cu")) and "cuda" in name}
+    assert of_cuda == {"aoti_torch_get_current_cuda_stream": "w"}
+
+
 def test_sdist_and_wheel(tree):
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation"],
@@ -215,6 +227,7 @@ def test_sdist_and_wheel(tree):
         "vpfast/py.typed",
         "vpfast/_build.json",
         "vpfast/kernels/__init__.py",
+        "vpfast/kernels/_ahead_of_time.py",
         "vpfast/ops/edlstm_gates/README.md",
         "vpfast/configs/mspn/moving-digits.yaml",
     ):
