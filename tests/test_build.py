@@ -208,8 +208,8 @@ def test_what_only_a_cuda_torch_has_is_a_weak_symbol():
     command = ["nm", "-D", "--undefined-only", _native.extension.__file__]
     undefined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kinds = dict(line.split()[::-1] for line in undefined.splitlines())
-    of_cuda = {name: kind for name, kind in kinds.items() if name.startswith(("aoti_torch_", "cu")) and "cuda" in name}
-    assert of_cuda == {"aoti_torch_get_current_cuda_stream": "w"}
+    assert kinds.get("aoti_torch_get_current_cuda_stream") == "w"
+    assert [name for name in kinds if name.startswith("cuda")] == []  # the runtime is within
 
 
 def test_sdist_and_wheel(tree):
