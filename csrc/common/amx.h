@@ -14,6 +14,9 @@
 #define VPFAST_TILE_ZERO(c) asm volatile("tilezero %%tmm" #c::: "memory")
 #define VPFAST_TILE_LOAD(c, from, bytes) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #c::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory")
+// The same, of what is not soon read again: it takes no room in the L1 cache.
+#define VPFAST_TILE_PASS(c, from, bytes) \
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #c::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory")
 #define VPFAST_TILE_STORE(c, to, bytes) \
   asm volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(bytes)) : "memory")
 #define VPFAST_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")

@@ -177,38 +177,58 @@ constexpr Factors kOrder[6] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 template <>
 constexpr Factors kOrder<2>[6] = {{0, 1}, {1, 1}, {1, 0}, {0, 0}};
 
-// Rows of work, done a few at a time in the pauses between products.
+// Rows of work, spread evenly over the pauses between products.
 template <int pieces>
 constexpr int kPauses = 3 * kProducts<pieces>;  // of a product of faces
 
 template <class Row>
 struct Strewn {
   const Row& row;
-  int64_t next = 0, rows, each;
+  int64_t rows, pauses, next = 0, due = 0;
 
-  VPFAST_INLINE Strewn(const Row& row, int64_t rows, int64_t pauses)
-      : row(row), rows(rows), each((rows + pauses - 1) / pauses) {}
+  VPFAST_INLINE Strewn(const Row& row, int64_t rows, int64_t pauses) : row(row), rows(rows), pauses(pauses) {}
   VPFAST_INLINE void operator()() {
-    for (const int64_t end = least(next + each, rows); next < end; ++next) row(next);
+    for (due += rows; due >= pauses && next < rows; due -= pauses) row(next++);
   }
   VPFAST_INLINE void rest() {
     for (; next < rows; ++next) row(next);
   }
 };
 
-// Tiles 0 .. 3 += the face at a by the face at b.
-template <int pieces, class Pause>
-VPFAST_INLINE void multiply_faces(const uint16_t* a, const uint16_t* b, Pause& pause) {
+struct NoRows {
+  VPFAST_INLINE void operator()() const {}
+};
+
+// A face that is soon read again, or one that passes: of many read in turn, it would only drive others from the cache.
+template <bool passes>
+struct Face {
+  const uint16_t* at;
+};
+using Staying = Face<false>;
+using Passing = Face<true>;
+
+#define VPFAST_TILE_LOAD_OF(face, c, piece, tile)                                    \
+  do {                                                                               \
+    if constexpr (std::is_same_v<decltype(face), Passing>) {                         \
+      VPFAST_TILE_PASS(c, (face).at + (piece) * kFace + (tile) * kTileElements, 64); \
+    } else {                                                                         \
+      VPFAST_TILE_LOAD(c, (face).at + (piece) * kFace + (tile) * kTileElements, 64); \
+    }                                                                                \
+  } while (false)
+
+// Tiles 0 .. 3 += the face a by the face b.
+template <int pieces, bool a_passes, bool b_passes, class Pause>
+VPFAST_INLINE void multiply_faces(Face<a_passes> a, Face<b_passes> b, Pause& pause) {
 #pragma GCC unroll 6
   for (int i = 0; i < kProducts<pieces>; ++i) {
     const Factors now = kOrder<pieces>[i];
     if (i == 0 || now.a != kOrder<pieces>[i - 1].a) {
-      VPFAST_TILE_LOAD(4, a + now.a * kFace, 64);
-      VPFAST_TILE_LOAD(5, a + now.a * kFace + kTileElements, 64);
+      VPFAST_TILE_LOAD_OF(a, 4, now.a, 0);
+      VPFAST_TILE_LOAD_OF(a, 5, now.a, 1);
     }
     if (i == 0 || now.b != kOrder<pieces>[i - 1].b) {
-      VPFAST_TILE_LOAD(6, b + now.b * kFace, 64);
-      VPFAST_TILE_LOAD(7, b + now.b * kFace + kTileElements, 64);
+      VPFAST_TILE_LOAD_OF(b, 6, now.b, 0);
+      VPFAST_TILE_LOAD_OF(b, 7, now.b, 1);
     }
     VPFAST_TILE_MULTIPLY(0, 4, 6);
     pause();

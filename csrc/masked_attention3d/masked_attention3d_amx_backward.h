@@ -1,10 +1,17 @@
 // Backward of masked_attention3d on matrix tiles: 32 keys in the lanes, 32 queries at a time. Included by
 // masked_attention3d_kernel.h for AVX-512.
 //
-// A step is a block of keys and a block of queries. Its scores and the gradients of its weights are two products over
-// components; weights, from the saved log-sum-exp, and the gradients of scores follow in registers; then come three
-// products over positions: gradients of values and keys, turned (components by keys), and of queries. The first two
-// products of the next step run between the rows of this one.
+// A step is a block of keys and a block of queries. Its scores, and the gradients of its weights, are products over
+// components; the weights, from the saved log-sum-exp, and the gradients of scores follow in registers; then come three
+// products over positions: gradients of values and keys, turned (components by keys), and of queries. Rows of work in
+// registers are strewn between products that do not wait for them:
+//
+//   tiles                                                        registers
+//   gradients of weights; gradients of keys, queries, a step ago weights
+//   gradients of values; scores of the next step                 gradients of scores
+//
+// What a step writes must find its place in the L1 cache: a line that is driven out and comes back costs ten cycles.
+// Scores, weights and their gradients are 26 KB and gradients of keys and values 8; so the 42 KB of faces pass by.
 //
 // Keys go by groups of blocks, queries by runs that stay in the L2 cache while all blocks of the group pass. Gradients
 // of keys and values are kept for the whole group.
@@ -18,19 +25,18 @@ struct BackwardTiles {
     const uint16_t *keys, *queries;  // faces: see TileBackward
     const float *lse, *delta;
     float *grad_keys, *grad_values, *grad_queries;
-    float *scores, *grad_weights;
   };
 
   const Backward<float>& p;
   const TileBackward& tiles;
   int64_t chunks, face, taken = 0;
   float unit;
-  float *scores, *grads;              // (2, 2, 32, 32); (blocks, keys and values, chunks, 32, 32)
-  uint16_t *weights, *across, *down;  // a face each: weights and gradients of scores by pairs, the latter by rows
-  Step steps[2];
+  float *scores, *grad_weights, *grads;  // (32, 32), scores then weights; (32, 32); (blocks, 2, chunks, 32, 32)
+  uint16_t *weights, *across, *down;     // a face each: weights and gradients of scores by pairs, the latter by rows
+  Step steps[3];
 
   static int64_t scratch(int64_t dim, int64_t blocks) {
-    return 4 * kBlock * kBlock + 3 * pieces * kFace / 2 + blocks * 2 * round_up(dim, 32) * kBlock;
+    return 2 * kBlock * kBlock + 3 * pieces * kFace / 2 + blocks * 2 * round_up(dim, 32) * kBlock;
   }
 
   VPFAST_INLINE BackwardTiles(const Backward<float>& problem, const TileBackward& tiles, float* scratch)
@@ -39,7 +45,8 @@ struct BackwardTiles {
     face = chunks * pieces * kFace;
     unit = p.scale * 1.44269504f;
     scores = scratch;
-    weights = reinterpret_cast<uint16_t*>(scores + 4 * kBlock * kBlock);
+    grad_weights = scores + kBlock * kBlock;
+    weights = reinterpret_cast<uint16_t*>(grad_weights + kBlock * kBlock);
     across = weights + pieces * kFace;
     down = across + pieces * kFace;
     grads = reinterpret_cast<float*>(down + pieces * kFace);
@@ -63,7 +70,11 @@ struct BackwardTiles {
         }
       }
     }
-    if (taken > 0) advance(nullptr, steps[(taken - 1) % 2]);
+    if (taken > 0) {
+      advance(nullptr);
+      NoRows none;
+      finish_scores(before(1), none);
+    }
     for (int64_t block = first; block < last; ++block) finish(plane, block, grads + (block - first) * 2 * grad);
   }
 
@@ -79,111 +90,140 @@ struct BackwardTiles {
     return visible;
   }
 
+  VPFAST_INLINE const Step& before(int64_t steps_ago) const { return steps[(taken - steps_ago) % 3]; }
+
   VPFAST_INLINE void take(const Bits& visible, int64_t plane, int64_t block, int64_t query_block, float* grad,
                           float* grad_q) {
-    Step& now = steps[taken % 2];
-    const int64_t at = plane * tiles.blocks + query_block;
+    Step& now = steps[taken % 3];
+    const int64_t start = (plane - tiles.first_plane) * tiles.blocks,
+                  row = (plane * tiles.blocks + query_block) * kBlock;
     now.visible = visible;
-    now.keys = tiles.keys + (plane * tiles.blocks + block) * TileBackward::kKeyFaces * face;
-    now.queries = tiles.queries + at * TileBackward::kQueryFaces * face;
-    now.lse = tiles.lse + at * kBlock;
-    now.delta = tiles.delta + at * kBlock;
+    now.keys = tiles.keys + (start + block) * TileBackward::kKeyFaces * face;
+    now.queries = tiles.queries + (start + query_block) * TileBackward::kQueryFaces * face;
+    now.lse = tiles.lse + row;
+    now.delta = tiles.delta + row;
     now.grad_keys = grad;
     now.grad_values = grad + chunks * kBlock * kBlock;
     now.grad_queries = grad_q;
-    now.scores = scores + taken % 2 * 2 * kBlock * kBlock;
-    now.grad_weights = now.scores + kBlock * kBlock;
     if (taken > 0) {
-      advance(&now, steps[(taken - 1) % 2]);
+      advance(&now);
     } else {
-      const auto none = [](int64_t) {};
-      Strewn<decltype(none)> nothing(none, 0, 1);
-      score(now, nothing);
+      NoRows none;
+      score(now, none);
+      store_tiles(scores, kBlock);
     }
     ++taken;
   }
 
-  void advance(const Step* next, const Step& now) {
-    if (now.visible.all()) {
-      advance_rows<false>(next, now);
+  // The step last taken, whose scores are there, as far as the gradients of its scores.
+  void advance(const Step* next) {
+    if (before(1).visible.all()) {
+      advance_rows<false>(next);
     } else {
-      advance_rows<true>(next, now);
+      advance_rows<true>(next);
     }
   }
 
   template <bool masked>
-  VPFAST_INLINE void advance_rows(const Step* next, const Step& now) {
-    const auto row = [&](int64_t i) __attribute__((always_inline)) { weigh_rows<masked>(now, i); };
-    Strewn<decltype(row)> rows(row, kBlock / 2, 2 * chunks * kPauses<pieces>);
-    if (next) score(*next, rows);
-    rows.rest();
-    apply(now);
+  VPFAST_INLINE void advance_rows(const Step* next) {
+    const Step& now = before(1);
+    const auto weigh = [&](int64_t i) __attribute__((always_inline)) { weigh_rows<masked>(now, i); };
+    Strewn<decltype(weigh)> weighed(weigh, kBlock / 2, 3 * chunks * kPauses<pieces>);
+    zero_tiles();
+    multiply_components(now.queries + TileBackward::kGradRows * face, now.keys + TileBackward::kValueLanes * face,
+                        weighed);
+    store_tiles(grad_weights, kBlock);
+    if (taken > 1) finish_scores(before(2), weighed);
+    weighed.rest();
+
+    const auto differentiate = [&](int64_t i) __attribute__((always_inline)) { differentiate_rows(now, i); };
+    Strewn<decltype(differentiate)> differentiated(differentiate, kBlock / 2, 2 * chunks * kPauses<pieces>);
+    finish_weights(now, differentiated);
+    if (next) score(*next, differentiated);
+    differentiated.rest();
+    if (next) store_tiles(scores, kBlock);  // not before the weights in its place have been read
   }
 
   template <class Rows>
   VPFAST_INLINE void score(const Step& step, Rows& rows) {
-    const auto product = [&](const uint16_t* a, const uint16_t* b, float* to) __attribute__((always_inline)) {
-      zero_tiles();
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        multiply_faces<pieces>(a + chunk * pieces * kFace, b + chunk * pieces * kFace, rows);
-      }
-      store_tiles(to, kBlock);
-    };
-    product(step.queries + TileBackward::kQueryRows * face, step.keys + TileBackward::kKeyLanes * face, step.scores);
-    product(step.queries + TileBackward::kGradRows * face, step.keys + TileBackward::kValueLanes * face,
-            step.grad_weights);
+    zero_tiles();
+    multiply_components(step.queries + TileBackward::kQueryRows * face, step.keys + TileBackward::kKeyLanes * face,
+                        rows);
   }
 
-  struct Row {
-    F32 weights[2], grads[2];  // of scores
-  };
+  template <class Rows>
+  VPFAST_INLINE void multiply_components(const uint16_t* a, const uint16_t* b, Rows& rows) {
+    for (int64_t part = 0; part < face; part += pieces * kFace) {
+      multiply_faces<pieces>(Passing{a + part}, Passing{b + part}, rows);
+    }
+  }
 
+  // Weights take the place of their scores.
   template <bool masked>
-  VPFAST_INLINE Row weigh_row(const Step& step, int64_t row) {
+  VPFAST_INLINE void weigh_row(const Step& step, int64_t row, F32 (&to)[2]) {
     const uint32_t visible = masked ? reinterpret_cast<const uint32_t*>(&step.visible)[row] : ~0u;
-    const F32 lse = F32::broadcast(step.lse[row]), delta = F32::broadcast(step.delta[row]);
-    Row to;
+    const F32 lse = F32::broadcast(step.lse[row]);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const F32 score = load(step.scores + row * kBlock + half * 16);
-      const F32 grad = load(step.grad_weights + row * kBlock + half * 16);
-      to.weights[half] = exp2_where(static_cast<__mmask16>(visible >> half * 16), unit * score - lse);
-      to.grads[half] = to.weights[half] * (grad - delta);
+      float* at = scores + row * kBlock + half * 16;
+      to[half] = exp2_where(static_cast<__mmask16>(visible >> half * 16), unit * load(at) - lse);
+      store(at, to[half]);
     }
-    return to;
   }
 
   // Rows i and i + 16, which make pairs over queries. Not inlined: there would be a copy at every pause.
   template <bool masked>
   __attribute__((noinline)) void weigh_rows(const Step& step, int64_t i) {
-    const Row a = weigh_row<masked>(step, i), b = weigh_row<masked>(step, i + 16);
+    F32 a[2], b[2];
+    weigh_row<masked>(step, i, a);
+    weigh_row<masked>(step, i + 16, b);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      store_joined(weights + half * kTileElements + i * 32, split<pieces>(a.weights[half]),
-                   split<pieces>(b.weights[half]));
+      store_joined(weights + half * kTileElements + i * 32, split<pieces>(a[half]), split<pieces>(b[half]));
     }
-    const Split<pieces> a0 = split<pieces>(a.grads[0]), a1 = split<pieces>(a.grads[1]), b0 = split<pieces>(b.grads[0]),
-                        b1 = split<pieces>(b.grads[1]);
+  }
+
+  VPFAST_INLINE Split<pieces> grad_of_scores(const Step& step, int64_t row, int64_t half) {
+    const int64_t at = row * kBlock + half * 16;
+    return split<pieces>(load(scores + at) * (load(grad_weights + at) - F32::broadcast(step.delta[row])));
+  }
+
+  __attribute__((noinline)) void differentiate_rows(const Step& step, int64_t i) {
+    const Split<pieces> a0 = grad_of_scores(step, i, 0), a1 = grad_of_scores(step, i, 1);
+    const Split<pieces> b0 = grad_of_scores(step, i + 16, 0), b1 = grad_of_scores(step, i + 16, 1);
     store_joined(across + i * 32, a0, b0);
     store_joined(across + kTileElements + i * 32, a1, b1);
     store_joined(down + i * 32, a0, a1);
     store_joined(down + kTileElements + i * 32, b0, b1);
   }
 
-  VPFAST_INLINE void apply(const Step& step) {
-    const auto none = [](int64_t) {};
-    Strewn<decltype(none)> nothing(none, 0, 1);
-    const auto product = [&](float* to, int64_t width, const uint16_t* a, const uint16_t* b)
-                             __attribute__((always_inline)) {
-                               load_tiles(to, width);
-                               multiply_faces<pieces>(a, b, nothing);
-                               store_tiles(to, width);
-                             };
+  // Adds the product of two faces to 32 x 32 floats, rows `width` apart.
+  template <bool a_passes, bool b_passes, class Rows>
+  VPFAST_INLINE void add_product(float* to, int64_t width, Face<a_passes> a, Face<b_passes> b, Rows& rows) {
+    load_tiles(to, width);
+    multiply_faces<pieces>(a, b, rows);
+    store_tiles(to, width);
+  }
+
+  // What follows from the weights.
+  template <class Rows>
+  VPFAST_INLINE void finish_weights(const Step& step, Rows& rows) {
+    const uint16_t* grads_out = step.queries + TileBackward::kGradColumns * face;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t part = chunk * pieces * kFace, grad = chunk * kBlock * kBlock;
-      product(step.grad_values + grad, kBlock, step.queries + TileBackward::kGradColumns * face + part, weights);
-      product(step.grad_keys + grad, kBlock, step.queries + TileBackward::kQueryColumns * face + part, across);
-      product(step.grad_queries + chunk * 32, p.padded_dim, down, step.keys + TileBackward::kKeyPairs * face + part);
+      add_product(step.grad_values + chunk * kBlock * kBlock, kBlock, Passing{grads_out + chunk * pieces * kFace},
+                  Staying{weights}, rows);
+    }
+  }
+
+  // What follows from the gradients of scores.
+  template <class Rows>
+  VPFAST_INLINE void finish_scores(const Step& step, Rows& rows) {
+    const uint16_t* queries = step.queries + TileBackward::kQueryColumns * face;
+    const uint16_t* keys = step.keys + TileBackward::kKeyPairs * face;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t part = chunk * pieces * kFace;
+      add_product(step.grad_keys + chunk * kBlock * kBlock, kBlock, Passing{queries + part}, Staying{across}, rows);
+      add_product(step.grad_queries + chunk * 32, p.padded_dim, Staying{down}, Passing{keys + part}, rows);
     }
   }
 

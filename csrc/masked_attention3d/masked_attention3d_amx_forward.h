@@ -5,8 +5,8 @@
 // block and outputs of the previous one are multiplied between the rows of this one's weights.
 //
 // No running maximum is kept. |q k| <= |q| |k|, and as long as that is at most kMostBits bits for the longest of 32
-// queries and the longest key, 2^score is within the range of floats as it is and loses nothing: weights are relative.
-// Tiles of queries longer than that go the way of registers.
+// queries and the plane's longest key, 2^score is within the range of floats as it is and loses nothing: weights are
+// relative. Tiles of queries longer than that go the way of registers.
 
 constexpr float kMostBits = 50;
 
@@ -40,7 +40,7 @@ struct ForwardTiles {
   VPFAST_INLINE ForwardTiles(const Forward<float>& problem, int64_t plane, int64_t first, int64_t count, float* scratch)
       : p(problem), first(first), count(count) {
     chunks = round_up(p.dim, 32) / 32;
-    blocks = p.packed + plane * p.blocks * 2 * chunks * pieces * kFace;
+    blocks = p.packed + (plane - p.first_plane) * p.blocks * 2 * chunks * pieces * kFace;
     unit = p.scale * 1.44269504f;
     out = scratch;
     sum = out + chunks * kBlock * kBlock;
@@ -52,7 +52,8 @@ struct ForwardTiles {
 
   void run(int64_t plane) {
     const Source from = {p.plane(p.q, plane) + first * p.dim, count, p.dim};
-    if (!(longest_squared(from) * p.longest_key_squared * (unit * unit) <= kMostBits * kMostBits)) {
+    const float longest_key_squared = p.longest_key_squared[plane - p.first_plane];
+    if (!(longest_squared(from) * longest_key_squared * (unit * unit) <= kMostBits * kMostBits)) {
       return forward<float>(p, plane, first, count, out);
     }
     pack<pieces, Order::rows, false>(from, kScaled ? unit : 1.0f, queries);
@@ -110,14 +111,15 @@ struct ForwardTiles {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         float* to = out + chunk * kBlock * kBlock;
         load_tiles(to, kBlock);
-        multiply_faces<pieces>(apply->weights, apply->values + chunk * pieces * kFace, rows);
+        multiply_faces<pieces>(Staying{apply->weights}, Passing{apply->values + chunk * pieces * kFace}, rows);
         store_tiles(to, kBlock);
       }
     }
     if (score) {
       zero_tiles();
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        multiply_faces<pieces>(queries + chunk * pieces * kFace, score->keys + chunk * pieces * kFace, rows);
+        multiply_faces<pieces>(Staying{queries + chunk * pieces * kFace}, Passing{score->keys + chunk * pieces * kFace},
+                               rows);
       }
       store_tiles(score->scores, kBlock);
     }

@@ -168,6 +168,11 @@ int64_t threads_for(const Mask& mask, int64_t planes, int64_t dim) {
   return std::max<int64_t>(1, std::min<double>(torch::stable::get_num_threads(), work / (1 << 20)));
 }
 
+// Planes that are worked on at a time.
+struct Wave {
+  int64_t first, count;
+};
+
 // --- forward ---
 
 // A tile's queries are of one frame where lines are frames or rows: what they see is then much the same.
@@ -212,18 +217,18 @@ struct Blocks {
 
 // The gradients of q, in order of the groups, times `factor`.
 template <class W>
-void add_groups(const Backward<W>& p, const Blocks& blocks, W factor) {
+void add_groups(const Backward<W>& p, const Blocks& blocks, const Wave& wave, W factor) {
   const int64_t length = p.mask.length();
   std::vector<Interval> touched;
   for (int64_t group = 0; group < blocks.groups; ++group) touched.push_back(blocks.touched(group));
-  torch::stable::parallel_for(0, p.planes() * length, 1 << 12, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, wave.count * length, 1 << 12, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      W* to = p.grad_q + row * p.dim;
+      W* to = p.grad_q + (wave.first * length + row) * p.dim;
       std::fill(to, to + p.dim, W(0));
       const int64_t plane = row / length, query = row % length;
       for (int64_t group = 0; group < blocks.groups; ++group) {
         if (query < touched[group].begin || query >= touched[group].end) continue;
-        const W* from = p.grad_q_groups + ((group * p.planes() + plane) * p.padded_length + query) * p.padded_dim;
+        const W* from = p.grad_q_groups + ((group * wave.count + plane) * p.padded_length + query) * p.padded_dim;
         for (int64_t d = 0; d < p.dim; ++d) to[d] += from[d];
       }
       for (int64_t d = 0; d < p.dim; ++d) to[d] *= factor;
@@ -231,17 +236,21 @@ void add_groups(const Backward<W>& p, const Blocks& blocks, W factor) {
   });
 }
 
-// Calls body(plane, rows for the gradients of its q, first block, last block, memory) for every group and plane, and
-// adds up those rows times `factor`. `scratch`: elements of W, and `scratch_block` more for each block of a group.
+template <class W>
+Tensor grad_q_groups(const Backward<W>& p, const Blocks& blocks, int64_t planes) {
+  return torch::stable::empty({blocks.groups, planes, p.padded_length, p.padded_dim}, kType<W>);
+}
+
+// Calls body(plane, rows for the gradients of its q, first block, last block, memory) for every group and plane of a
+// wave, and adds up those rows times `factor`. `scratch`: elements of W, and `scratch_block` more for each block of a
+// group.
 template <class W, class Body>
-void collect(Backward<W>& p, const Blocks& blocks, int64_t scratch, int64_t scratch_block, W factor, bool tiles,
-             const Body& body) {
-  const int64_t planes = p.planes(), rows = p.padded_length;
-  const Tensor groups = torch::stable::empty({blocks.groups, planes, rows, p.padded_dim}, kType<W>);
-  p.grad_q_groups = static_cast<W*>(groups.mutable_data_ptr());
-  share<W>(blocks.groups * planes, threads_for(p.mask, planes, p.dim), scratch + scratch_block * blocks.per_group,
-           tiles, [&](int64_t unit, W* memory) {
-             const int64_t group = unit / planes, plane = unit % planes;
+void collect(const Backward<W>& p, const Blocks& blocks, const Wave& wave, int64_t scratch, int64_t scratch_block,
+             W factor, bool tiles, const Body& body) {
+  const int64_t rows = p.padded_length;
+  share<W>(blocks.groups * wave.count, threads_for(p.mask, wave.count, p.dim),
+           scratch + scratch_block * blocks.per_group, tiles, [&](int64_t unit, W* memory) {
+             const int64_t group = unit / wave.count, plane = wave.first + unit % wave.count;
              const Interval touched = blocks.touched(group);
              W* to = p.grad_q_groups + unit * rows * p.padded_dim;
              // Blocks of queries may begin before and end after.
@@ -249,7 +258,7 @@ void collect(Backward<W>& p, const Blocks& blocks, int64_t scratch, int64_t scra
              if (begin < end) std::fill(to + begin * p.padded_dim, to + end * p.padded_dim, W(0));
              body(plane, to, blocks.first(group), blocks.last(group), memory);
            });
-  add_groups(p, blocks, factor);
+  add_groups(p, blocks, wave, factor);
 }
 
 #include "masked_attention3d/masked_attention3d_tiles.h"
@@ -313,12 +322,15 @@ void backward_in_registers(Backward<W>& p, const Tensor& delta) {
   const Blocks blocks(p.mask, kernel.tile, p.planes());
   p.padded_length = p.mask.length();
   p.padded_dim = round_up(p.dim, kernel.lanes);
+  const Tensor groups = grad_q_groups(p, blocks, p.planes());
+  p.grad_q_groups = static_cast<W*>(groups.mutable_data_ptr());
   const int64_t scratch = kernel.tile * (4 * p.dim + 2 * kQueries + p.padded_dim);
-  collect<W>(p, blocks, scratch, 0, W(1), false, [&](int64_t plane, W* grad_q, int64_t first, int64_t last, W* memory) {
-    for (int64_t block = first; block < last; ++block) {
-      kernel.backward(p, plane, grad_q, blocks.start(block), blocks.key(block), blocks.keys(block), memory);
-    }
-  });
+  collect<W>(p, blocks, {0, p.planes()}, scratch, 0, W(1), false,
+             [&](int64_t plane, W* grad_q, int64_t first, int64_t last, W* memory) {
+               for (int64_t block = first; block < last; ++block) {
+                 kernel.backward(p, plane, grad_q, blocks.start(block), blocks.key(block), blocks.keys(block), memory);
+               }
+             });
 }
 
 template <class W>

@@ -42,15 +42,16 @@ struct Problem {
 template <class W>
 struct Forward : Problem<W> {
   W *out, *lse;
-  // On matrix tiles: blocks of 32 keys in a plane, their keys and values (B x heads, blocks, 2, faces), and the square
-  // of the longest key.
-  int64_t blocks;
+  // On matrix tiles, of the planes from `first_plane` on: blocks of 32 keys in each, their keys and values (planes,
+  // blocks, 2, faces), and the square of the longest key (planes,).
+  int64_t first_plane, blocks;
   const uint16_t* packed;
-  float longest_key_squared;
+  const float* longest_key_squared;
 };
 
 // Backward: everything (B, heads, L, d) dense but q, k, v; lse and delta (B, heads, L). The gradient of q is collected
-// by groups of key blocks first, each in rows of its own: (groups, B, heads, padded_length, padded_dim).
+// by groups of key blocks first, each in rows of its own: (groups, planes, padded_length, padded_dim), some planes at a
+// time.
 template <class W>
 struct Backward : Problem<W> {
   const W *grad_out, *lse, *delta;
@@ -66,7 +67,8 @@ struct TileBackward {
 
   int64_t blocks;                  // of a plane
   const Sight* sights;             // of the queries of a block
-  const uint16_t *keys, *queries;  // (B x heads, blocks, faces)
+  int64_t first_plane;             // of those whose faces are here
+  const uint16_t *keys, *queries;  // (planes, blocks, faces)
   const float *lse, *delta;        // (B x heads, blocks, 32), the former in powers of 2
   float grad_unit;                 // what gradients are measured in, a power of 2 near the largest
 };

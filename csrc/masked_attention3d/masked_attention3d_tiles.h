@@ -26,8 +26,6 @@ bool in_range(const std::vector<float>& squared) {
   return longest == 0 || longest >= 1 / kMost;
 }
 
-float largest(const std::vector<float>& numbers) { return *std::max_element(numbers.begin(), numbers.end()); }
-
 struct Packing {
   int64_t length, dim, planes, blocks, face;  // elements in a face
 
@@ -38,15 +36,24 @@ struct Packing {
         blocks((length + kBlock - 1) / kBlock),
         face(round_up(dim, 32) / 32 * pieces * 2 * kTileElements) {}
 
-  Tensor faces(int64_t of_block) const {
-    return torch::stable::empty({planes * blocks * of_block * face}, ScalarType::Short);
+  // Planes go in waves, so that what is packed of them is read before memory has long forgotten it, and takes little of
+  // it: as few as keep all threads busy, and no less than 1 MB. Results do not depend on it.
+  int64_t at_once(int64_t units_of_plane, int64_t faces_of_block) const {
+    const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t busy = over(2 * torch::stable::get_num_threads(), units_of_plane);
+    const int64_t worth_it = over(1 << 19, blocks * faces_of_block * face);
+    return least(planes, most(busy, worth_it));
   }
 
-  // Calls body(plane, block, plane * blocks + block) for every one.
+  Tensor faces(int64_t planes_at_once, int64_t of_block) const {
+    return torch::stable::empty({planes_at_once * blocks * of_block * face}, ScalarType::Short);
+  }
+
+  // Calls body(plane, block, block of the wave) for every one.
   template <class Body>
-  void each(const Body& body) const {
-    torch::stable::parallel_for(0, planes * blocks, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks, i);
+  void each(const Wave& wave, const Body& body) const {
+    torch::stable::parallel_for(0, wave.count * blocks, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(wave.first + i / blocks, i % blocks, i);
     });
   }
 
@@ -60,27 +67,34 @@ uint16_t* data_of(const Tensor& faces) { return static_cast<uint16_t*>(faces.mut
 template <int pieces>
 bool forward_on_tiles(Forward<float>& p) {
   const Packing packing(p, pieces);
-  const Tensor packed = packing.faces(2);
-  std::vector<float> keys(packing.planes * packing.blocks), values(keys.size());
-  packing.each([&](int64_t plane, int64_t block, int64_t i) {
-    on_tiles::pack_for_forward<pieces>(packing.block(p.plane(p.k, plane), block),
-                                       packing.block(p.plane(p.v, plane), block),
-                                       data_of(packed) + i * 2 * packing.face, &keys[i], &values[i]);
-  });
-  if (!in_range(keys) || !in_range(values)) return false;
+  const std::vector<Interval> tiles = tiles_of(p.mask, 16, kBlock);
+  const int64_t count = static_cast<int64_t>(tiles.size()), at_once = packing.at_once(count, 2);
+  const int64_t scratch = std::max(on_tiles::ForwardTiles<pieces>::scratch(p.dim), kBlock * (2 * p.dim + kKeys + 2));
+  const Tensor packed = packing.faces(at_once, 2);
+  std::vector<float> keys(at_once * packing.blocks), values(keys.size()), longest_keys(at_once);
   p.blocks = packing.blocks;
   p.packed = data_of(packed);
-  p.longest_key_squared = largest(keys);
-  const std::vector<Interval> tiles = tiles_of(p.mask, 16, kBlock);
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  const int64_t scratch = std::max(on_tiles::ForwardTiles<pieces>::scratch(p.dim), kBlock * (2 * p.dim + kKeys + 2));
-  share<float>(count * packing.planes, threads_for(p.mask, packing.planes, p.dim), scratch, true,
-               [&](int64_t unit, float* memory) {
-                 // A plane's keys and values stay in the L2 cache while all its queries pass.
-                 const int64_t plane = unit / count;
-                 const Interval& tile = tiles[count - 1 - unit % count];
-                 on_tiles::forward_on_tiles<pieces>(p, plane, tile.begin, tile.end - tile.begin, memory);
-               });
+  p.longest_key_squared = longest_keys.data();
+  for (Wave wave{0, at_once}; wave.first < packing.planes; wave.first += at_once) {
+    wave.count = least(at_once, packing.planes - wave.first);
+    packing.each(wave, [&](int64_t plane, int64_t block, int64_t i) {
+      on_tiles::pack_for_forward<pieces>(packing.block(p.plane(p.k, plane), block),
+                                         packing.block(p.plane(p.v, plane), block),
+                                         data_of(packed) + i * 2 * packing.face, &keys[i], &values[i]);
+    });
+    if (!in_range(keys) || !in_range(values)) return false;
+    for (int64_t i = 0; i < wave.count; ++i) {
+      longest_keys[i] = *std::max_element(&keys[i * packing.blocks], &keys[i * packing.blocks] + packing.blocks);
+    }
+    p.first_plane = wave.first;
+    share<float>(count * wave.count, threads_for(p.mask, wave.count, p.dim), scratch, true,
+                 [&](int64_t unit, float* memory) {
+                   // A plane's keys and values stay in the L2 cache while all its queries pass.
+                   const int64_t plane = wave.first + unit / count;
+                   const Interval& tile = tiles[count - 1 - unit % count];
+                   on_tiles::forward_on_tiles<pieces>(p, plane, tile.begin, tile.end - tile.begin, memory);
+                 });
+  }
   return true;
 }
 
@@ -88,59 +102,77 @@ bool forward_on_tiles(Forward<float>& p, int pieces) {
   return pieces == 2 ? forward_on_tiles<2>(p) : forward_on_tiles<3>(p);
 }
 
+// What a wave's faces are packed into, and the squares of the longest of each block.
+struct BackwardFaces {
+  Tensor keys, queries;
+  std::vector<float> longest_keys, longest_values, longest_queries;
+
+  BackwardFaces(const Packing& packing, int64_t at_once)
+      : keys(packing.faces(at_once, TileBackward::kKeyFaces)),
+        queries(packing.faces(at_once, TileBackward::kQueryFaces)),
+        longest_keys(at_once * packing.blocks),
+        longest_values(longest_keys.size()),
+        longest_queries(longest_keys.size()) {}
+
+  template <int pieces>
+  bool pack(const Backward<float>& p, const Packing& packing, const Wave& wave, float grad_unit) {
+    packing.each(wave, [&](int64_t plane, int64_t block, int64_t i) {
+      on_tiles::pack_keys<pieces>(packing.block(p.plane(p.k, plane), block), packing.block(p.plane(p.v, plane), block),
+                                  data_of(keys) + i * TileBackward::kKeyFaces * packing.face, &longest_keys[i],
+                                  &longest_values[i]);
+      on_tiles::pack_queries<pieces>(
+          packing.block(p.plane(p.q, plane), block), packing.block(p.grad_out + plane * packing.length * p.dim, block),
+          grad_unit, data_of(queries) + i * TileBackward::kQueryFaces * packing.face, &longest_queries[i]);
+    });
+    return in_range(longest_keys) && in_range(longest_values) && in_range(longest_queries);
+  }
+};
+
 // `out`: of the forward pass.
 template <int pieces>
 bool backward_on_tiles(Backward<float>& p, const float* out) {
   const Packing packing(p, pieces);
-  const int64_t length = packing.length, planes = packing.planes, positions = planes * packing.blocks * kBlock;
-  std::vector<float> lse(positions), delta(positions), keys(planes * packing.blocks), values(keys.size()),
-      queries(keys.size()), grads(keys.size());
-  const auto grads_of = [&](const float* from, int64_t plane, int64_t block) {
-    return packing.block(from + plane * length * p.dim, block);
-  };
-  packing.each([&](int64_t plane, int64_t block, int64_t i) {
-    on_tiles::measure_grads(grads_of(p.grad_out, plane, block), grads_of(out, plane, block), &delta[i * kBlock],
-                            &grads[i]);
+  const int64_t length = packing.length, positions = packing.planes * packing.blocks * kBlock;
+  std::vector<float> lse(positions), delta(positions), grads(packing.planes * packing.blocks);
+  packing.each({0, packing.planes}, [&](int64_t plane, int64_t block, int64_t i) {
+    on_tiles::measure_grads(packing.block(p.grad_out + plane * length * p.dim, block),
+                            packing.block(out + plane * length * p.dim, block), &delta[i * kBlock], &grads[i]);
   });
-  const float longest = largest(grads);
+  const float longest = *std::max_element(grads.begin(), grads.end());
   if (!all_finite(grads.data(), grads.size()) || !(longest >= std::numeric_limits<float>::min())) return false;
-  TileBackward tiles{};
-  tiles.grad_unit = std::ldexp(1.0f, std::ilogb(longest) / 2);
-
-  const Tensor key_faces = packing.faces(TileBackward::kKeyFaces);
-  const Tensor query_faces = packing.faces(TileBackward::kQueryFaces);
-  packing.each([&](int64_t plane, int64_t block, int64_t i) {
-    on_tiles::pack_keys<pieces>(packing.block(p.plane(p.k, plane), block), packing.block(p.plane(p.v, plane), block),
-                                data_of(key_faces) + i * TileBackward::kKeyFaces * packing.face, &keys[i], &values[i]);
-    on_tiles::pack_queries<pieces>(packing.block(p.plane(p.q, plane), block), grads_of(p.grad_out, plane, block),
-                                   tiles.grad_unit, data_of(query_faces) + i * TileBackward::kQueryFaces * packing.face,
-                                   &queries[i]);
+  const float grad_unit = std::ldexp(1.0f, std::ilogb(longest) / 2);
+  packing.each({0, packing.planes}, [&](int64_t plane, int64_t block, int64_t i) {
     for (int64_t row = 0; row < least(kBlock, length - block * kBlock); ++row) {
       lse[i * kBlock + row] = p.lse[plane * length + block * kBlock + row] * 1.44269504f;
-      delta[i * kBlock + row] /= tiles.grad_unit;
+      delta[i * kBlock + row] /= grad_unit;
     }
   });
-  if (!in_range(keys) || !in_range(values) || !in_range(queries)) return false;
   std::vector<Sight> sights;
   for (int64_t first = 0; first < length; first += kBlock) {
     sights.push_back(sight_of(p.mask, first, least(kBlock, length - first)));
   }
-  tiles.blocks = packing.blocks;
-  tiles.sights = sights.data();
-  tiles.keys = data_of(key_faces);
-  tiles.queries = data_of(query_faces);
-  tiles.lse = lse.data();
-  tiles.delta = delta.data();
 
   p.padded_length = packing.blocks * kBlock;
   p.padded_dim = round_up(p.dim, 32);
   Mask whole = p.mask;
   whole.line = Line::sequence;
-  collect(p, Blocks(whole, kBlock, planes), on_tiles::BackwardTiles<pieces>::scratch(p.dim, 0),
-          on_tiles::BackwardTiles<pieces>::scratch(p.dim, 1), p.scale * tiles.grad_unit, true,
-          [&](int64_t plane, float* grad_q, int64_t first, int64_t last, float* memory) {
-            on_tiles::backward_on_tiles<pieces>(p, tiles, plane, grad_q, first, last, memory);
-          });
+  const Blocks blocks(whole, kBlock, packing.planes);
+  const int64_t at_once = packing.at_once(blocks.groups, TileBackward::kKeyFaces + TileBackward::kQueryFaces);
+  const Tensor groups = grad_q_groups(p, blocks, at_once);
+  p.grad_q_groups = static_cast<float*>(groups.mutable_data_ptr());
+  BackwardFaces faces(packing, at_once);
+  TileBackward tiles{packing.blocks, sights.data(), 0,        data_of(faces.keys), data_of(faces.queries),
+                     lse.data(),     delta.data(),  grad_unit};
+  for (Wave wave{0, at_once}; wave.first < packing.planes; wave.first += at_once) {
+    wave.count = least(at_once, packing.planes - wave.first);
+    if (!faces.pack<pieces>(p, packing, wave, grad_unit)) return false;
+    tiles.first_plane = wave.first;
+    collect(p, blocks, wave, on_tiles::BackwardTiles<pieces>::scratch(p.dim, 0),
+            on_tiles::BackwardTiles<pieces>::scratch(p.dim, 1), p.scale * grad_unit, true,
+            [&](int64_t plane, float* grad_q, int64_t first, int64_t last, float* memory) {
+              on_tiles::backward_on_tiles<pieces>(p, tiles, plane, grad_q, first, last, memory);
+            });
+  }
   return true;
 }
 
