@@ -1,7 +1,7 @@
 // What the host side of every CUDA kernel needs: the device and stream of a tensor, and a check of each launch.
 //
-// A module built here also imports where torch has no CUDA. So the one function of torch that is missing there is a weak
-// symbol: it is called only for a CUDA tensor, and where there is one, it exists.
+// A module built here also imports where torch has no CUDA. So the one function of torch that is missing there is a
+// weak symbol: it is called only for a CUDA tensor, and where there is one, it exists.
 #pragma once
 
 #include <cuda_runtime.h>
