@@ -3,8 +3,8 @@
     python benchmarks/resources.py [--save] [--only edlstm_gates] [--source FILE.cu] [--module package.module]
 
 Each csrc/*/*_cuda.cu is compiled by nvcc with the flags of setup.py, each Triton kernel by Triton in the launch
-configurations that its ``ahead_of_time()`` lists. Local memory is where registers are spilled to: a kernel that takes
-any, or one that does not compile, is named, and the exit status is 1.
+configurations that its ``ahead_of_time()`` lists. A kernel that does not compile, that spills registers to local memory,
+or takes more shared memory than such a GPU has for a block, is named, and the exit status is 1.
 """
 
 import argparse
@@ -35,12 +35,14 @@ SHARED_MEMORY = {"8.0": 163 * 1024, "9.0a": 227 * 1024, "10.0": 227 * 1024}
 
 @dataclass(frozen=True)
 class Row:
-    """Registers a thread, local memory a thread and static (CUDA) or all (Triton) shared memory a block, in bytes."""
+    """Of a thread registers, bytes spilled and bytes of local memory, which also holds arrays indexed at run time; of a
+    block bytes of shared memory, in CUDA C++ what is known when it is compiled."""
 
     file: str
     kernel: str
     target: str
     registers: int
+    spilled: int
     local: int
     shared: int
 
@@ -82,14 +84,17 @@ def compile_cuda(source: str, architecture: str, nvcc: str) -> list[Row]:
     return [Row(Path(source).name, name, architecture, *found) for name, *found in read_ptxas(done.stderr)]
 
 
-def read_ptxas(said: str) -> Iterator[tuple[str, int, int, int]]:
-    """(kernel, registers, stack frame, static shared memory) of each entry function of ``ptxas -v``."""
+def read_ptxas(said: str) -> Iterator[tuple[str, int, int, int, int]]:
+    """(kernel, registers, bytes spilled, stack frame, shared memory) of each entry function of ``ptxas -v``."""
     said = subprocess.run(["c++filt", "--no-params"], input=said, capture_output=True, text=True, check=True).stdout
     for part in said.split("Compiling entry function '")[1:]:
         name = re.sub(r"\(anonymous namespace\)::|^void |(?<!\w)vpfast::|\(.*", "", part[: part.index("' for '")])
-        frames = map(int, re.findall(r"(\d+) bytes stack frame", part))
-        shared = re.search(r"(\d+) bytes smem", part)
-        yield name, int(re.search(r"Used (\d+) registers", part)[1]), max(frames), int(shared[1]) if shared else 0
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        frames, spilled, shared = (
+            max(map(int, re.findall(rf"(\d+) bytes {what}", part)), default=0)
+            for what in ("stack frame", "spill stores", "smem")
+        )
+        yield name, registers, spilled, frames, shared
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
@@ -103,7 +108,8 @@ def compile_triton(module: str, index: int, architecture: str) -> list[Row]:
         found = compile_for(compilation, TARGETS[architecture])
     except Exception as error:
         raise CompilationError(f"{type(error).__name__}: {error}") from None
-    return [Row(f"{module.rpartition('.')[2]}.py", compilation.name, architecture, *found)]
+    file = f"{module.rpartition('.')[2]}.py"
+    return [Row(file, compilation.name, architecture, found.registers, found.spilled, found.spilled, found.shared)]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -143,8 +149,8 @@ def compile_all(jobs: list[Job]) -> tuple[list[Row], list[str]]:
                 rows += future.result()
     for row in rows:
         who = f"{row.kernel} ({row.file}) for {row.target}"
-        if row.local:
-            wrong.append(f"{who} spills: {row.local} bytes of local memory a thread")
+        if row.spilled:
+            wrong.append(f"{who} spills {row.spilled} bytes a thread")
         if row.shared > SHARED_MEMORY[row.target]:
             wrong.append(f"{who} asks for {row.shared} bytes of shared memory; a block has {SHARED_MEMORY[row.target]}")
     return rows, wrong

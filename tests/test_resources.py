@@ -66,7 +66,7 @@ def test_a_spilling_cuda_kernel_is_named(tmp_path):
     done = resources("--source", str(tmp_path / "some_cuda.cu"))
     assert done.returncode == 1
     for target in TARGETS:
-        assert f"greedy (some_cuda.cu) for {target} spills" in done.stderr
+        assert f"greedy (some_cuda.cu) for {target} spills " in done.stderr
     assert "modest" in done.stdout
     assert "modest" not in done.stderr
 
@@ -124,7 +124,7 @@ def test_wrong_triton_kernels_are_named(tmp_path):
     done = resources("--module=some_kernels", PYTHONPATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1
     for target in TARGETS:
-        assert f"greedy (some_kernels.py) for {target} spills" in done.stderr
+        assert f"greedy (some_kernels.py) for {target} spills " in done.stderr
         assert f"too much to share (some_kernels.py) for {target} asks for" in done.stderr
         assert f"wrong of some_kernels for {target} does not compile" in done.stderr
     assert "nothing is not defined" in done.stderr
