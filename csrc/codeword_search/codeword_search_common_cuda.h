@@ -96,7 +96,7 @@ struct Above {
 // negative, of all: the lowest of equals, and never one whose distance is NaN or infinite (0 where there is no other).
 // Distances are those of the CPU's `decide`, term by term.
 template <class W>
-__device__ __noinline__ int decide(const Problem& p, int64_t vector, int layer, Above above, int first, int second) {
+__device__ inline int decide(const Problem& p, int64_t vector, int layer, Above above, int first, int second) {
   const W* codewords[kMaxLayers];
   int64_t parent = 0;
   for (int a = 0; a < layer; ++a) {

@@ -59,13 +59,13 @@ struct Rows {
 // --- walks over vectors: some lanes a vector, lanes along its components ---
 
 struct Lanes {
-  int width, lane;  // 8 or 32 lanes a vector
-  unsigned mask;    // of a warp's lanes, those of this vector
-  __device__ explicit Lanes(int64_t dim) : width(dim <= 8 ? 8 : kWarp), lane(threadIdx.x % width) {
+  int bits, width, lane;  // 8 or 32 lanes a vector
+  unsigned mask;          // of a warp's lanes, those of this vector
+  __device__ explicit Lanes(int64_t dim) : bits(dim <= 8 ? 3 : 5), width(1 << bits), lane(threadIdx.x & (width - 1)) {
     mask = width == kWarp ? kAll : 0xffu << (threadIdx.x % kWarp / 8 * 8);
   }
-  __device__ int64_t first() const { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / width; }
-  __device__ int64_t step() const { return static_cast<int64_t>(gridDim.x) * blockDim.x / width; }
+  __device__ int64_t first() const { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) >> bits; }
+  __device__ int64_t step() const { return static_cast<int64_t>(gridDim.x) * blockDim.x >> bits; }
   __device__ bool all(bool x) const { return __all_sync(mask, x); }
 };
 
@@ -325,7 +325,7 @@ struct OfPartials {
 // Grid: walkers x parts of the dim. Some lanes a walker, a component each. What lies wholly within a piece, and all
 // that the last walker has, goes to the totals; the first and last run of a piece to its two partial sums.
 template <class Source>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     add_runs(const __grid_constant__ Source source, const __grid_constant__ Sums s, int64_t entries, int64_t dim) {
   const Lanes lanes(dim);
   const int64_t piece = lanes.first(), pieces = (entries + kPiece - 1) / kPiece;
