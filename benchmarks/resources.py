@@ -3,8 +3,8 @@
     python benchmarks/resources.py [--save] [--only edlstm_gates] [--source FILE.cu] [--module package.module]
 
 Each csrc/*/*_cuda.cu is compiled by nvcc with the flags of setup.py, each Triton kernel by Triton in the launch
-configurations that its ``ahead_of_time()`` lists. A kernel that does not compile, that spills registers to local memory,
-or takes more shared memory than such a GPU has for a block, is named, and the exit status is 1.
+configurations that its ``ahead_of_time()`` lists. A kernel that does not compile, that spills registers to local
+memory, or takes more shared memory than such a GPU has for a block, is named, and the exit status is 1.
 """
 
 import argparse
