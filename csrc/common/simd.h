@@ -305,3 +305,23 @@ struct Lanes<torch::headeronly::Half> {
     write(p, bits, sizeof(T) * count);
   }
 };
+
+// Of the working type itself, and with nothing fetched ahead: what is small and stays in the cache.
+VPFAST_INLINE F32 load(const float* p) {
+  F32 x;
+  std::memcpy(&x.v, p, sizeof x.v);
+  return x;
+}
+VPFAST_INLINE F64 load(const double* p) { return {*p}; }
+VPFAST_INLINE void store(float* p, F32 x) { std::memcpy(p, &x.v, sizeof x.v); }
+VPFAST_INLINE void store(double* p, F64 x) { *p = x.v; }
+
+VPFAST_INLINE F32 load_part(const float* p, int count) {
+  if (count == kLanes) return load(p);
+  F32 x{};
+  std::memcpy(&x.v, p, sizeof(float) * count);
+  return x;
+}
+VPFAST_INLINE F64 load_part(const double* p, int) { return {*p}; }
+VPFAST_INLINE void store_part(float* p, F32 x, int count) { write(p, x.v, sizeof(float) * count); }
+VPFAST_INLINE void store_part(double* p, F64 x, int) { *p = x.v; }

@@ -31,25 +31,6 @@ struct Constant {
   static constexpr int value = n;
 };
 
-VPFAST_INLINE F32 load(const float* p) {
-  F32 x;
-  std::memcpy(&x.v, p, sizeof x.v);
-  return x;
-}
-VPFAST_INLINE F64 load(const double* p) { return {*p}; }
-VPFAST_INLINE void store(float* p, F32 x) { std::memcpy(p, &x.v, sizeof x.v); }
-VPFAST_INLINE void store(double* p, F64 x) { *p = x.v; }
-
-VPFAST_INLINE F32 load_part(const float* p, int count) {
-  if (count == kLanes) return load(p);
-  F32 x{};
-  std::memcpy(&x.v, p, sizeof(float) * count);
-  return x;
-}
-VPFAST_INLINE F64 load_part(const double* p, int) { return {*p}; }
-VPFAST_INLINE void store_part(float* p, F32 x, int count) { write(p, x.v, sizeof(float) * count); }
-VPFAST_INLINE void store_part(double* p, F64 x, int) { *p = x.v; }
-
 VPFAST_INLINE float power_of_2(float x) { return exp2(F32::broadcast(x)).v[0]; }
 VPFAST_INLINE double power_of_2(double x) { return std::exp2(x); }
 

@@ -7,34 +7,6 @@ using vpfast::masked_attention3d::for_each_line;
 using vpfast::masked_attention3d::Interval;
 using vpfast::masked_attention3d::Place;
 
-template <class W>
-struct VectorFor;
-template <>
-struct VectorFor<float> {
-  using type = F32;
-};
-template <>
-struct VectorFor<double> {
-  using type = F64;
-};
-
-VPFAST_INLINE F32 load_row(const float* p) {
-  F32 x;
-  std::memcpy(&x.v, p, sizeof x.v);
-  return x;
-}
-VPFAST_INLINE F64 load_row(const double* p) { return {*p}; }
-VPFAST_INLINE F32 load_some(const float* p, int64_t count) {
-  F32 x{};
-  std::memcpy(&x.v, p, sizeof(float) * count);
-  return x;
-}
-VPFAST_INLINE F64 load_some(const double* p, int64_t) { return {*p}; }
-VPFAST_INLINE void store_row(float* p, F32 x) { std::memcpy(p, &x.v, sizeof x.v); }
-VPFAST_INLINE void store_row(double* p, F64 x) { *p = x.v; }
-VPFAST_INLINE void store_some(float* p, F32 x, int64_t count) { std::memcpy(p, &x.v, sizeof(float) * count); }
-VPFAST_INLINE void store_some(double* p, F64 x, int64_t) { *p = x.v; }
-
 // --- affine maps of one vector ---
 
 // A member's share of `columns`: whole blocks of 16, so that no two write to one cache line.
@@ -47,23 +19,23 @@ VPFAST_INLINE Interval share_of(int64_t columns, const Member& member) {
 // C registers of columns: y = base + x matrix.
 template <int C, class W>
 VPFAST_INLINE void columns_of(W* y, const W* base, const W* x, const W* matrix, int64_t in, int64_t out) {
-  using V = typename VectorFor<W>::type;
+  using V = typename Lanes<W>::type;
   V sum[C];
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) sum[c] = load_row(base + c * V::lanes);
+  for (int c = 0; c < C; ++c) sum[c] = load(base + c * V::lanes);
   for (int64_t i = 0; i < in; ++i) {
     const V factor = V::broadcast(x[i]);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[c] = sum[c] + factor * load_row(matrix + i * out + c * V::lanes);
+    for (int c = 0; c < C; ++c) sum[c] = sum[c] + factor * load(matrix + i * out + c * V::lanes);
   }
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) store_row(y + c * V::lanes, sum[c]);
+  for (int c = 0; c < C; ++c) store(y + c * V::lanes, sum[c]);
 }
 
 // Columns [begin, end) of y = base + x matrix; y may be base.
 template <class W>
 void apply(W* y, const W* base, const W* x, const Affine<W>& map, int64_t begin, int64_t end) {
-  using V = typename VectorFor<W>::type;
+  using V = typename Lanes<W>::type;
   int64_t c = begin;
   for (; c + 8 * V::lanes <= end; c += 8 * V::lanes) {
     columns_of<8>(y + c, base + c, x, map.matrix + c, map.in, map.out);
@@ -97,22 +69,22 @@ VPFAST_INLINE F64 error_function(F64 x) { return {std::erf(x.v)}; }
 
 template <class W>
 void gelu(W* x, int64_t begin, int64_t end) {
-  using V = typename VectorFor<W>::type;
+  using V = typename Lanes<W>::type;
   for (int64_t i = begin; i < end; i += V::lanes) {
     const int64_t count = end - i < V::lanes ? end - i : V::lanes;
-    const V v = load_some(x + i, count);
+    const V v = load_part(x + i, count);
     const V half = V::broadcast(W(0.5)) * v;
-    store_some(x + i, half + half * error_function(V::broadcast(W(0.70710678118654752)) * v), count);
+    store_part(x + i, half + half * error_function(V::broadcast(W(0.70710678118654752)) * v), count);
   }
 }
 
 // y = tanh(a) sigmoid(b)
 template <class W>
 void gate(W* y, const W* a, const W* b, int64_t count) {
-  using V = typename VectorFor<W>::type;
+  using V = typename Lanes<W>::type;
   for (int64_t i = 0; i < count; i += V::lanes) {
     const int64_t part = count - i < V::lanes ? count - i : V::lanes;
-    store_some(y + i, product(tanh(load_some(a + i, part)), sigmoid(load_some(b + i, part))), part);
+    store_part(y + i, product(tanh(load_part(a + i, part)), sigmoid(load_part(b + i, part))), part);
   }
 }
 
@@ -130,7 +102,7 @@ void normalise(W* y, const W* x, const Norm<W>& norm, int64_t count) {
 
 template <class W>
 struct Head {
-  using V = typename VectorFor<W>::type;
+  using V = typename Lanes<W>::type;
   const W *query, *keys, *values;
   int64_t dim;
   W *out, *weights;
@@ -176,36 +148,36 @@ struct Head {
         const V a = V::broadcast(query[d]), c = V::broadcast(query[d + 1]);
 #pragma GCC unroll 16
         for (int64_t k = 0; k < parts; ++k) {
-          even[k] = even[k] + a * load_row(block + d * kKeyBlock + k * V::lanes);
-          odd[k] = odd[k] + c * load_row(block + (d + 1) * kKeyBlock + k * V::lanes);
+          even[k] = even[k] + a * load(block + d * kKeyBlock + k * V::lanes);
+          odd[k] = odd[k] + c * load(block + (d + 1) * kKeyBlock + k * V::lanes);
         }
       }
       if (d < dim) {
         const V a = V::broadcast(query[d]);
 #pragma GCC unroll 16
-        for (int64_t k = 0; k < parts; ++k) even[k] = even[k] + a * load_row(block + d * kKeyBlock + k * V::lanes);
+        for (int64_t k = 0; k < parts; ++k) even[k] = even[k] + a * load(block + d * kKeyBlock + k * V::lanes);
       }
 #pragma GCC unroll 16
-      for (int64_t k = 0; k < parts; ++k) store_row(weights + b * kKeyBlock + k * V::lanes, even[k] + odd[k]);
+      for (int64_t k = 0; k < parts; ++k) store(weights + b * kKeyBlock + k * V::lanes, even[k] + odd[k]);
     }
   }
 
   // Scores to weights, against the highest so far.
   VPFAST_INLINE void weigh(int64_t count) {
     V top = V::broadcast(high);
-    for (int64_t i = 0; i < count; i += V::lanes) top = maximum(top, load_row(weights + i));
+    for (int64_t i = 0; i < count; i += V::lanes) top = maximum(top, load(weights + i));
     W highest = high;
     W lane[V::lanes];
-    store_row(lane, top);
+    store(lane, top);
     for (int k = 0; k < V::lanes; ++k) highest = lane[k] > highest ? lane[k] : highest;
     const V base = V::broadcast(highest);
-    store_some(lane, exp2(V::broadcast(high) - base), 1);
+    store_part(lane, exp2(V::broadcast(high) - base), 1);
     const W shrink = lane[0];
     V total_weight = V::broadcast(0);
     for (int64_t i = 0; i < count; i += V::lanes) {
-      const V weight = exp2(load_row(weights + i) - base);
+      const V weight = exp2(load(weights + i) - base);
       total_weight = total_weight + weight;
-      store_row(weights + i, weight);
+      store(weights + i, weight);
     }
     sum = sum * shrink + total(total_weight);
     high = highest;
@@ -219,20 +191,20 @@ struct Head {
       const int64_t part = dim - d < V::lanes ? dim - d : V::lanes;
       const W* from = values + first * dim + d;
       if (part == V::lanes) {
-        V a = load_row(out + d), b = V::broadcast(0), c = b, e = b;
+        V a = load(out + d), b = V::broadcast(0), c = b, e = b;
         int64_t i = begin;
         for (; i + 4 <= end; i += 4) {
-          a = a + V::broadcast(weights[i]) * load_row(from + i * dim);
-          b = b + V::broadcast(weights[i + 1]) * load_row(from + (i + 1) * dim);
-          c = c + V::broadcast(weights[i + 2]) * load_row(from + (i + 2) * dim);
-          e = e + V::broadcast(weights[i + 3]) * load_row(from + (i + 3) * dim);
+          a = a + V::broadcast(weights[i]) * load(from + i * dim);
+          b = b + V::broadcast(weights[i + 1]) * load(from + (i + 1) * dim);
+          c = c + V::broadcast(weights[i + 2]) * load(from + (i + 2) * dim);
+          e = e + V::broadcast(weights[i + 3]) * load(from + (i + 3) * dim);
         }
-        for (; i < end; ++i) a = a + V::broadcast(weights[i]) * load_row(from + i * dim);
-        store_row(out + d, (a + b) + (c + e));
+        for (; i < end; ++i) a = a + V::broadcast(weights[i]) * load(from + i * dim);
+        store(out + d, (a + b) + (c + e));
       } else {
-        V a = load_some(out + d, part);
-        for (int64_t i = begin; i < end; ++i) a = a + V::broadcast(weights[i]) * load_some(from + i * dim, part);
-        store_some(out + d, a, part);
+        V a = load_part(out + d, part);
+        for (int64_t i = begin; i < end; ++i) a = a + V::broadcast(weights[i]) * load_part(from + i * dim, part);
+        store_part(out + d, a, part);
       }
     }
   }
