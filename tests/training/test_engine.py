@@ -14,6 +14,7 @@ import vpfast.models
 from vpfast.training import LossConfig, OptimConfig, Stopped, checkpoint, engine, train
 from vpfast.training.recipes import RECIPES, Loss
 from vpfast.training.recipes.mspn import frames_fed_back, objective
+from vpfast.training.update import learning_rate
 
 
 def weights(folder):
@@ -143,7 +144,7 @@ def test_a_damaged_checkpoint_is_named(tiny):
 def test_a_checkpoint_runs_no_code(tiny):
     train(tiny(steps=2), progress=False)
     state = Path(tiny().out) / "checkpoints" / "step-00000002" / "state.pt"
-    torch.save({"step": 2, "optimizer": Path, "scaler": {}, "random": {}}, state)
+    torch.save({"step": 2, "optimizers": Path, "scaler": {}, "random": {}}, state)
     with pytest.raises(ValueError, match="cannot be read"):
         train(tiny(), resume=True, progress=False)
 
@@ -206,7 +207,7 @@ def test_feedback_decides_what_the_network_sees(tiny):
 
 def test_the_learning_rate_warms_up_and_falls(tiny):
     config = tiny(steps=10, optim=OptimConfig(lr=1.0, schedule="cosine", warmup=2))
-    rates = [engine._learning_rate(config, step) for step in range(10)]
+    rates = [learning_rate(config, step) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert 0 < rates[-1] < 0.1

@@ -9,14 +9,15 @@ import math
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from vpfast import models
 from vpfast.models.storage import CONFIG, WEIGHTS
@@ -30,6 +31,13 @@ _NAME = re.compile(r"step-(\d{8})")
 M = TypeVar("M", bound=nn.Module)
 
 
+class Networks(NamedTuple):
+    """The networks of a run: its model, and those that its update trains beside it, by name."""
+
+    model: nn.Module
+    others: Mapping[str, nn.Module] = {}
+
+
 @dataclass
 class State:
     """What a checkpoint holds beside the weights. The position in the data follows from ``step``.
@@ -38,17 +46,19 @@ class State:
     """
 
     step: int
-    optimizer: dict[str, Any]
+    optimizers: dict[str, dict[str, Any]]
     scaler: dict[str, Any]
     random: dict[str, Any]
     best: float = math.inf
 
 
-def save(root: Path, model: nn.Module, state: State, config: TrainConfig) -> Path:
+def save(root: Path, networks: Networks, state: State, config: TrainConfig) -> Path:
     """Write ``root/step-NNNNNNNN`` and delete all but the last ``config.keep`` checkpoints."""
     path = root / f"step-{state.step:08d}"
     with new_folder(path, replace=True) as folder:
-        write_weights(folder, model, config)
+        write_weights(folder, networks.model, config)
+        for name, network in networks.others.items():
+            save_file(_on_cpu(network), folder / _file_of(name))
         torch.save(vars(state), folder / "state.pt")
     for old in found(root)[: -config.keep]:
         shutil.rmtree(old)
@@ -99,14 +109,16 @@ def step_of(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def load(path: Path, model: nn.Module) -> State:
-    """Put the weights at ``path`` into ``model`` and return the rest.
+def load(path: Path, networks: Networks) -> State:
+    """Put the weights at ``path`` into ``networks`` and return the rest.
 
     Raises:
         ValueError: a file is missing, damaged, or of another model; the message names the folder.
     """
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        networks.model.load_state_dict(load_file(path / WEIGHTS))
+        for name, network in networks.others.items():
+            network.load_state_dict(load_file(path / _file_of(name)))
         state = State(**torch.load(path / "state.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # safetensors, zipfile, pickle and torch each fail in their own way
         reason = " ".join(str(error).split())[:300]
@@ -114,6 +126,14 @@ def load(path: Path, model: nn.Module) -> State:
             f"the checkpoint {path} cannot be read ({reason}); delete it to go on from the one before"
         ) from error
     return state
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
 
 
 def random_state() -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, write_file
 from vpfast.training.network import build_model, recipe_for, start_from
+from vpfast.training.update import Context
 from vpfast.training.validation import validate
 
 # What may differ between a run and its continuation without making it another run.
@@ -71,18 +72,17 @@ class _Run:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.accelerator.device)
-        self.trained = self.recipe.trained(model)
-        parameters = [parameter for part in self.trained for parameter in part.parameters()]
-        _freeze_all_but(parameters, model)
-        optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
-        self.step, self.best = 0, math.inf
-        if resume:
-            self._resume(model, optimizer)
-        source = start if config.init is None else Path(config.init)
-        if source is not None and self.step == 0:
-            start_from(self.recipe, model, source)
         self.plain = model
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step, self.best = 0, math.inf
+        saved = checkpoint.found(self.out / "checkpoints") if resume else []
+        source = start if config.init is None else Path(config.init)
+        if source is not None and not saved:
+            start_from(self.recipe, model, source)
+        trained = self.recipe.trained(model)
+        _freeze_all_but(trained, model)
+        self.update = self.recipe.update(Context(model, trained, config, self.accelerator, self.recipe))
+        if saved:
+            self._resume(saved[-1])
 
     def _validation_clips(self) -> Dataset[Tensor] | None:
         config = self.config
@@ -102,7 +102,7 @@ class _Run:
         with _signals() as caught, bar, (self.out / "log.jsonl").open("a") as log:
             started = time.perf_counter()
             for frames in self._batches():
-                record = self._update(frames)
+                record = self._step(frames)
                 record["seconds"] = round(time.perf_counter() - started, 4)
                 if self._due(config.val_every) and self.val is not None:
                     record |= self._validate(self.val)
@@ -133,36 +133,10 @@ class _Run:
         )
         yield from loader(self.clips, batches, config.workers, pin=accelerator.device.type == "cuda")
 
-    def _update(self, frames: Tensor) -> dict[str, Any]:
-        rate = _learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self._train_mode()
-        frames = frames.to(self.accelerator.device, non_blocking=True)
-        loss = self.recipe.objective(self.model, frames, self.config, self.step)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss.total)
-        if self.config.optim.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        told = torch.stack([loss.total.detach().float(), *(part.float() for part in loss.parts.values())])
-        value, *parts = self.accelerator.reduce(told, "mean").tolist()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {self.step + 1}; a lower optim.lr (now {self.config.optim.lr}) or "
-                "optim.clip_norm may help"
-            )
-        self.optimizer.step()
+    def _step(self, frames: Tensor) -> dict[str, Any]:
+        told = self.update(frames.to(self.accelerator.device, non_blocking=True), self.step)
         self.step += 1
-        clips = frames.shape[0] * self.accelerator.num_processes
-        terms = dict(zip(loss.parts, parts, strict=True))
-        return {"step": self.step, "loss": value, **terms, "lr": rate, "clips": clips}
-
-    def _train_mode(self) -> None:
-        """What is trained is in training mode, all else in evaluation mode: nothing in it may move."""
-        self.model.train()
-        self.plain.eval()
-        for part in self.trained:
-            part.train()
+        return {"step": self.step, **told, "clips": frames.shape[0] * self.accelerator.num_processes}
 
     def _validate(self, clips: Dataset[Tensor]) -> dict[str, Any]:
         """What the log tells of the validation clips; the weights are kept where they never did better."""
@@ -183,25 +157,26 @@ class _Run:
             state = checkpoint.State(
                 step=self.step,
                 best=self.best,
-                optimizer=self.optimizer.state_dict(),
+                optimizers={name: optimizer.state_dict() for name, optimizer in self.update.optimizers.items()},
                 scaler=scaler.state_dict() if scaler is not None else {},
                 random=checkpoint.random_state(),
             )
-            checkpoint.save(self.out / "checkpoints", self.plain, state, self.config)
+            checkpoint.save(self.out / "checkpoints", self._networks(), state, self.config)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        saved = checkpoint.found(self.out / "checkpoints")
-        if not saved:
-            return
-        state = checkpoint.load(saved[-1], model)
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.load(path, self._networks())
         if state.step > self.config.steps:
             raise ValueError(f"steps: {self.config.steps} given, but {self.out} has {state.step} behind it already")
-        optimizer.load_state_dict(state.optimizer)
+        for name, optimizer in self.update.optimizers.items():
+            optimizer.load_state_dict(state.optimizers[name])
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         checkpoint.restore_random_state(state.random)
         self.step, self.best = state.step, state.best
+
+    def _networks(self) -> checkpoint.Networks:
+        return checkpoint.Networks(self.plain, self.update.modules)
 
     def _finish(self) -> Path:
         return self._write_weights("weights")
@@ -221,22 +196,10 @@ def accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=precision, cpu=pick_device(config.device).type == "cpu")
 
 
-def _freeze_all_but(parameters: list[nn.Parameter], model: nn.Module) -> None:
-    trained = set(map(id, parameters))
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Warm-up, then constant or half a cosine down to 0 after the last step. A function of the step alone."""
-    optim = config.optim
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    done = (step - optim.warmup) / max(1, config.steps - optim.warmup)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+def _freeze_all_but(trained: Sequence[nn.Module], model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for part in trained:
+        part.requires_grad_(True)
 
 
 def _postfix(record: dict[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vpfast.models._config import ModelConfig
 from vpfast.training.config import LossConfig, TrainConfig
+from vpfast.training.update import Context, GradientUpdate, Update
 
 MODEL, BASELINE = "prediction", "repeat last frame"
 """The names of what a model predicts, and of the simplest prediction there is."""
@@ -65,6 +66,7 @@ class Recipe:
             or where they do not fit why, as the end of "the weights are ..."; ``model`` is then as it was.
         pixel_loss: whether the section ``loss`` of a run says what is minimised; if not, fields of the model do.
         samples: whether ``sampling`` makes a difference.
+        update: (context) -> what takes the steps of a run.
     """
 
     model_class: Callable[[Any], nn.Module]
@@ -77,6 +79,7 @@ class Recipe:
     take_over: Callable[[Any, nn.Module], str | None] = lambda model, other: same_model(model, other)
     pixel_loss: bool = False
     samples: bool = False
+    update: Callable[[Context], Update] = GradientUpdate
 
     def check(self, config: TrainConfig) -> None:
         """Raise ValueError, which names the key, where ``config`` asks what this kind of model has no use for."""

@@ -1,0 +1,142 @@
+"""One optimisation step of a run: what is computed, and what moves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vpfast.training.config import TrainConfig
+
+if TYPE_CHECKING:  # a recipe names its update, so this module comes first
+    from vpfast.training.recipes.recipe import Loss, Recipe
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an update is made from.
+
+    ``model``: on its device, with the weights it starts from, not yet prepared by Accelerate. ``trained``: the parts of
+    it that the run trains; all other parameters need no gradient.
+    """
+
+    model: nn.Module
+    trained: Sequence[nn.Module]
+    config: TrainConfig
+    accelerator: Accelerator
+    recipe: "Recipe"
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [parameter for part in self.trained for parameter in part.parameters()]
+
+    def train_mode(self) -> None:
+        """What is trained is in training mode, all else in evaluation mode: nothing in it may move."""
+        self.model.eval()
+        for part in self.trained:
+            part.train()
+
+
+class Update(Protocol):
+    """One optimisation step of a run. Its constructor prepares with Accelerate what it trains.
+
+    A checkpoint holds the model and what stands under ``modules`` and ``optimizers``; a run that goes on puts all of it
+    back in place after the update was made. Everything else that a step needs must follow from its number.
+    """
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Networks beside the model, by name, as they were before Accelerate wrapped them."""
+        ...
+
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        """All of them, by name."""
+        ...
+
+    def __call__(self, frames: Tensor, step: int) -> dict[str, float]:
+        """Take step number ``step``, from 0, on this process's clips, (B, T, C, H, W) on its device.
+
+        Returns:
+            What the log tells, the same in every process; under ``"loss"`` what is minimised.
+
+        Raises:
+            FloatingPointError: the loss is not finite; nothing has moved then.
+        """
+        ...
+
+
+class GradientUpdate:
+    """The ordinary one: down the gradient of ``recipe.objective``, all clips of a step at once."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        optim = context.config.optim
+        optimizer = torch.optim.Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay)
+        self._model, self._optimizer = context.accelerator.prepare(context.model, optimizer)
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer] = {"model": self._optimizer}
+
+    def __call__(self, frames: Tensor, step: int) -> dict[str, float]:
+        context = self.context
+        rate = learning_rate(context.config, step)
+        set_rate(self._optimizer, rate)
+        context.train_mode()
+        self._optimizer.zero_grad()
+        loss = context.recipe.objective(self._model, frames, context.config, step)
+        context.accelerator.backward(loss.total)
+        told = tell(loss, context.accelerator)
+        check_finite(told["loss"], step, context.config)
+        clip(context.accelerator, self._optimizer, context.parameters, context.config.optim.clip_norm)
+        self._optimizer.step()
+        return {**told, "lr": rate}
+
+
+def tell(loss: "Loss", accelerator: Accelerator) -> dict[str, float]:
+    """``loss`` and its parts over all processes, for the log."""
+    told = torch.stack([loss.total.detach().float(), *(part.detach().float() for part in loss.parts.values())])
+    reduced: Any = accelerator.reduce(told, "mean")
+    return dict(zip(("loss", *loss.parts), reduced.tolist(), strict=True))
+
+
+def check_finite(loss: float, step: int, config: TrainConfig) -> None:
+    """Raise FloatingPointError, which says what may help, where ``loss`` is no finite number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step + 1}; a lower optim.lr (now {config.optim.lr}) or optim.clip_norm may "
+            "help"
+        )
+
+
+def clip(
+    accelerator: Accelerator, optimizer: Optimizer, parameters: Sequence[nn.Parameter], norm: float | None
+) -> None:
+    """Clip the gradients of ``parameters``, which are those of ``optimizer``, to ``norm``; None leaves them alone.
+
+    Gradients that were scaled against underflow are brought back first.
+    """
+    if norm is not None:
+        accelerator.unscale_gradients(optimizer)
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every parameter of ``optimizer`` this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Warm-up, then constant or half a cosine down to 0 after the last step. A function of the step alone."""
+    optim = config.optim
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup) / max(1, config.steps - optim.warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
