@@ -149,6 +149,21 @@ def gradients(model: MSPN, loss: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("feed_frame", [False, True])
+def test_frames_that_are_not_seen_are_predicted(feed_frame: bool) -> None:
+    model = tiny(feed_frame=feed_frame)
+    frames = clip(model)
+    seen = [True, False, True, False]
+    whole = model(frames, 1, seen=seen).predictions[0]
+    state = model.init_state(2, 16, 24)
+    for time in range(5):
+        prediction, state = model.step(frames[:, time] if time < 4 and seen[time] else None, state)
+        same(prediction, whole[:, time])
+    same(model(frames, seen=[True, True, False, False]).predictions[0], model(frames[:, :2], 2).predictions[0])
+    with pytest.raises(ValueError, match="seen must hold one value for each of the 4 frames, got 3"):
+        model(frames, seen=[True] * 3)
+
+
+@pytest.mark.parametrize("feed_frame", [False, True])
 def test_feedback_attached_and_detached(feed_frame: bool) -> None:
     """Each equals a loop that feeds predictions by hand, and they differ from each other."""
     model = tiny(feed_frame=feed_frame).double()

@@ -109,16 +109,50 @@ class LossConfig:
 
     norm: Literal["sum_squares", "l2", "mse"] = option("sum_squares", "norm of the prediction error")
     level_weights: Literal["paper", "uniform"] = option("paper", "(L - l)/L, or 1, for level l of L")
-    feedback: Literal["fixed", "random", "detached", "none"] = option(
+    feedback: Literal["fixed", "random", "detached", "scheduled", "none"] = option(
         "fixed",
         "predictions given back in place of real frames: the last `horizon` ones, with gradient (fixed) or without "
-        "(detached); the last few, a number drawn each step (random); none of them",
+        "(detached); the last few, a number drawn each step (random); each of the last `horizon` ones by a draw that "
+        "spares it ever less often (scheduled); none of them",
     )
     feedback_range: tuple[int, int] = option((3, 5), "feedback random: fewest and most frames fed back")
+    sampling: Literal["linear", "exponential", "sigmoid"] = option(
+        "linear", "feedback scheduled: how the share of real frames falls"
+    )
+    sampling_steps: int = option(50_000, "feedback scheduled: steps until hardly a real frame is left")
 
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
         _check_values(self, "loss.")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """MSPN's improved adversarial training (paper, Algorithm 2): a discriminator and a generator, by turns."""
+
+    enabled: bool = option(False, "mspn: train against a discriminator")
+    loss: Literal["least_squares", "linear"] = option(
+        "least_squares", "what the scores are held to: that of Algorithm 2, or of Eq. 6 and 7"
+    )
+    weight: float = option(100.0, "lambda, the weight of the generator's adversarial loss beside the pixel loss")
+    upper_tolerance: float = option(
+        0.01, "c1 / |Rs|: the discriminator's turn ends when the predictions' score is below Rs - c1"
+    )
+    lower_tolerance: float = option(
+        0.02, "c2 / |Rs|: the generator's turn ends when the predictions' score is above Rs - c2"
+    )
+    window: int = option(3, "updates over which the scores are averaged before they are compared")
+    cap: int = option(100, "updates after which a turn ends whatever the scores")
+    first_frame: int = option(5, "the first frame of a clip, from 0, that the discriminator sees")
+    lr: float = option(1e-7, "learning rate of the discriminator")
+    weight_decay: float = option(0.0, "L2 penalty of the discriminator, added to the gradient")
+    channels: tuple[int, ...] = option(
+        (64, 64, 128, 256, 256, 512), "widths of the discriminator; each further one halves the frame"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: one line that names the key."""
+        _check_values(self, "adversarial.")
 
 
 @dataclass(frozen=True)
@@ -154,6 +188,7 @@ class TrainConfig:
     )
     data: DataConfig = option(DataConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
+    adversarial: AdversarialConfig = option(AdversarialConfig(), "")
     optim: OptimConfig = option(OptimConfig(), "")
     context: int = option(10, "real frames the network is given")
     horizon: int = option(10, "frames to predict after them; 0 for a model that makes the frames it is given again")
@@ -168,11 +203,14 @@ class TrainConfig:
     val_clips: int = option(64, "clips of the validation split to use")
     save_every: int = option(500, "steps between checkpoints; 0 for the last step alone")
     keep: int = option(2, "checkpoints to keep")
+    tensorboard: bool = option(False, "tell TensorBoard too, in the folder tensorboard/ of the run")
+    strip_every: int = option(500, "TensorBoard: steps between strips of a clip beside its prediction; 0 for none")
 
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
         _check_values(self)
         _check_numbers(self)
+        _check_adversarial(self)
         _check_together(self)
 
     @property
@@ -239,7 +277,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def _check_numbers(config: TrainConfig) -> None:
     for key in ("context", "steps", "batch_size", "keep", "val_clips"):
         _require(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
-    for key in ("horizon", "workers", "val_every", "save_every", "seed"):
+    for key in ("horizon", "workers", "val_every", "save_every", "strip_every", "seed"):
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
@@ -250,7 +288,31 @@ def _check_numbers(config: TrainConfig) -> None:
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
     _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
     _require(optim.clip_norm is None or optim.clip_norm > 0, "optim.clip_norm", optim.clip_norm, "above 0, or null")
+    _require(config.loss.sampling_steps >= 1, "loss.sampling_steps", config.loss.sampling_steps, "at least 1")
     _require(0 <= optim.warmup <= config.steps, "optim.warmup", optim.warmup, f"from 0 to steps ({config.steps})")
+
+
+def _check_adversarial(config: TrainConfig) -> None:
+    given = config.adversarial
+    for key in ("window", "cap"):
+        _require(getattr(given, key) >= 1, f"adversarial.{key}", getattr(given, key), "at least 1")
+    for key in ("weight", "weight_decay"):
+        _require(getattr(given, key) >= 0, f"adversarial.{key}", getattr(given, key), "at least 0")
+    _require(given.lr > 0, "adversarial.lr", given.lr, "above 0")
+    upper, lower = given.upper_tolerance, given.lower_tolerance
+    _require(upper > 0, "adversarial.upper_tolerance", upper, "above 0")
+    _require(lower > upper, "adversarial.lower_tolerance", lower, f"above adversarial.upper_tolerance ({upper})")
+    widths = list(given.channels)
+    fine = len(widths) > 1 and all(isinstance(width, int) and width >= 1 for width in widths)
+    _require(fine, "adversarial.channels", widths, "at least two positive whole numbers")
+    if not given.enabled:
+        return
+    factor = 2 ** (len(widths) - 1)
+    fits = all(side % factor == 0 for side in config.data.frame_size)
+    accepted = f"multiples of {factor}, which the {len(widths)} widths of adversarial.channels divide by"
+    _require(fits, "data.size", list(config.data.frame_size), accepted)
+    first, length = given.first_frame, config.clip_length
+    _require(0 <= first < length, "adversarial.first_frame", first, f"from 0 to {length - 1}, a frame of the clip")
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -1,6 +1,6 @@
 """The multi-scale predictive network (paper, section III-A and Algorithm 1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -77,13 +77,17 @@ class MSPN(nn.Module):
         level = _EDLSTMLevel if config.recurrence == "edlstm" else _EncLSTMDecLevel
         self.levels = nn.ModuleList(level(config, index) for index in range(config.levels))
 
-    def forward(self, frames: Tensor, horizon: int = 0, feedback: Feedback = "attached") -> MSPNOutput:
+    def forward(
+        self, frames: Tensor, horizon: int = 0, feedback: Feedback = "attached", seen: Sequence[bool] | None = None
+    ) -> MSPNOutput:
         """Run over a clip and ``horizon`` frames beyond it.
 
         Args:
             frames: (B, T, C, H, W), T at least 1.
             horizon: how many frames to predict after the last real one, 0 or more.
             feedback: whether gradients flow through predictions that take the place of frames.
+            seen: for each of the T frames whether it is looked at; where not, the prediction takes its place already.
+                None: all of them are.
 
         Returns:
             the predictions of all T + horizon steps at every level.
@@ -92,7 +96,7 @@ class MSPN(nn.Module):
             TypeError: frames that are not floating point, or of another type than the weights.
             ValueError: another shape, a size that does not divide, values that are not finite or far outside [0, 1]
                 (below -0.5 or above 1.5); the message holds the number. Values are looked at once a clip, and not
-                while compiling, exporting or capturing a CUDA graph.
+                while compiling, exporting or capturing a CUDA graph. Or ``seen`` that does not hold T values.
         """
         check_frames(frames, "B, T, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
         horizon = check_count("horizon", horizon)
@@ -100,10 +104,13 @@ class MSPN(nn.Module):
         batch_size, length, _, height, width = frames.shape
         if length == 0:
             raise ValueError("frames hold no time step (T = 0); give at least one frame")
+        if seen is not None and len(seen) != length:
+            raise ValueError(f"seen must hold one value for each of the {length} frames, got {len(seen)}")
         state = self._zero_state(batch_size, height, width)
         steps: list[tuple[Tensor, ...]] = []
         for time in range(length + horizon):
-            predictions, state = self._step(frames[:, time] if time < length else None, state, feedback)
+            looks = time < length and (seen is None or seen[time])
+            predictions, state = self._step(frames[:, time] if looks else None, state, feedback)
             steps.append(predictions)
         return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)), self.config.down_sampling)
 
