@@ -111,6 +111,7 @@ __device__ inline int decide(const Problem& p, int64_t vector, int layer, Above 
     const int64_t row = row_of(p.strict_tree, p.codebook_size, parent, code);
     const W* codeword = static_cast<const W*>(p.rows[layer]) + row * p.dim;
     double distance = 0;
+#pragma unroll 1
     for (int64_t d = 0; d < p.dim; ++d) {
       double residual = static_cast<double>(read<W>(p.z, vector, d));
       for (int a = 0; a < layer; ++a) residual -= static_cast<double>(codewords[a][d]);

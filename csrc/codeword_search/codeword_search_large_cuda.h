@@ -204,7 +204,7 @@ __device__ inline Podium scan_codebook(const Problem& p, const float* biases, in
 
 // With `scan` (for float alone) shared memory holds a residual (dim) by warp; without, every code is decided.
 template <class W, bool scan>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     walk(const __grid_constant__ Problem p, const __grid_constant__ Measures m) {
   extern __shared__ float4 shared_memory[];
   __shared__ int32_t all_codes[kWarps][kMaxLayers];
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A warp a vector: the code of this layer, and after the last the sum of codewords.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     settle(const __grid_constant__ Problem p, const __grid_constant__ Measures m, const __grid_constant__ Tiles t) {
   __shared__ int32_t all_codes[kWarps][kMaxLayers];
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(), vector = t.first + place;

@@ -120,14 +120,16 @@ __device__ inline float add_product(float4 e, const float* x, float sum) {
   return fmaf(e.w, x[3], fmaf(e.z, x[2], fmaf(e.y, x[1], fmaf(e.x, x[0], sum))));
 }
 
-// All vectors of all lanes search one codebook: each codeword that is read serves a thread's V vectors.
-template <int D, int V>
+// `width` is that of the layout. All vectors of all lanes search one codebook: each codeword that is read serves a
+// thread's V vectors.
+template <int width, int D, int V>
 __device__ inline void scan_shared(const SmallLayout& s, const float* codewords, const float* biases,
                                    const float (&x)[V][D], Best (&best)[V]) {
-  for (int k = 0; k < s.blocks * s.width; k += 4) {
-    const int block = k >> s.width_bits, place = k & (s.width - 1);
-    const float4* e = reinterpret_cast<const float4*>(codewords) + block * s.width * (D / 4) + place;
-    const float4 bias = *reinterpret_cast<const float4*>(biases + block * s.width * kBiasCopies + place);
+#pragma unroll 1
+  for (int k = 0; k < s.blocks * width; k += 4) {
+    const int block = k & ~(width - 1), place = k & (width - 1);
+    const float4* e = reinterpret_cast<const float4*>(codewords + block * D + place * 4);
+    const float4 bias = *reinterpret_cast<const float4*>(biases + block * kBiasCopies + place);
     float score[V][4];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -140,7 +142,7 @@ __device__ inline void scan_shared(const SmallLayout& s, const float* codewords,
     for (int c = 0; c < D / 4; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 piece = e[c * s.width + i];
+        const float4 piece = e[c * width + i];
 #pragma unroll
         for (int v = 0; v < V; ++v) score[v][i] = add_product(piece, x[v] + 4 * c, score[v][i]);
       }
@@ -153,29 +155,44 @@ __device__ inline void scan_shared(const SmallLayout& s, const float* codewords,
   }
 }
 
-// One vector of each lane, each in a codebook of its own, whose layout starts at `codewords` and `biases`.
-template <int D>
-__device__ inline void scan_own(const SmallLayout& s, const float* codewords, const float* biases, const float (&x)[D],
-                                Best& best) {
-  const int lane = lane_id(), last = s.width - 1;
-  const float* own_biases = biases + lane / 8 * s.width;
-  for (int k = 0; k < s.blocks * s.width; k += 4) {
-    const int block = k & ~last;
-    const float4* e = reinterpret_cast<const float4*>(codewords) + block * (D / 4);
-    float score[4];
-    int place[4];
+// Each vector in a codebook of its own.
+template <int width, int D, int V>
+__device__ inline void scan_own(const SmallLayout& s, const float* codewords, const float* biases,
+                                const int (&codebook)[V], const float (&x)[V][D], Best (&best)[V]) {
+  constexpr int together = D <= 8 ? 4 : 2;  // as registers allow
+  const int lane = lane_id(), padded = s.blocks * width;
+  const float* own_biases = biases + lane / 8 * width;
+#pragma unroll 1
+  for (int k = 0; k < padded; k += together) {
+    const int block = k & ~(width - 1);
+    int place[together];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      place[i] = (k + i + lane) & last;
-      score[i] = own_biases[block * kBiasCopies + place[i]];
+    for (int i = 0; i < together; ++i) place[i] = block + ((k + i + lane) & (width - 1));
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float4* e = reinterpret_cast<const float4*>(codewords) + (codebook[v] * padded + block) * (D / 4) - block;
+      const float* bias = own_biases + (codebook[v] * padded + block) * kBiasCopies - block;
+      float score[together];
+#pragma unroll
+      for (int i = 0; i < together; ++i) score[i] = bias[place[i]];
+#pragma unroll
+      for (int c = 0; c < D / 4; ++c) {
+#pragma unroll
+        for (int i = 0; i < together; ++i) score[i] = add_product(e[c * width + place[i]], x[v] + 4 * c, score[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < together; ++i) best[v].challenge(score[i], place[i]);
     }
-#pragma unroll
-    for (int c = 0; c < D / 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) score[i] = add_product(e[c * s.width + place[i]], x + 4 * c, score[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) best.challenge(score[i], block + place[i]);
+  }
+}
+
+template <int width, int D, int V>
+__device__ inline void scan(const SmallLayout& s, const float* codewords, const float* biases, bool shared,
+                            const int (&codebook)[V], const float (&x)[V][D], Best (&best)[V]) {
+  if (shared) {
+    scan_shared<width>(s, codewords, biases, x, best);
+  } else {
+    scan_own<width>(s, codewords, biases, codebook, x, best);
   }
 }
 
@@ -248,14 +265,10 @@ __device__ void search_tile(const Problem& p, const SmallLayout& s, const float*
     if (s.pairs) {
 #pragma unroll
       for (int v = 0; v < V; ++v) scan_pair(codewords, biases, parent[v], codebooks, x[v], best[v]);
-    } else if (codebooks == 1) {
-      scan_shared(s, codewords, biases, x, best);
+    } else if (s.width == 8) {
+      scan<8>(s, codewords, biases, codebooks == 1, parent, x, best);
     } else {
-      const int padded = s.blocks * s.width;
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        scan_own(s, codewords + parent[v] * padded * D, biases + parent[v] * padded * kBiasCopies, x[v], best[v]);
-      }
+      scan<4>(s, codewords, biases, codebooks == 1, parent, x, best);
     }
     const float margin = uncertainty(p.dim, layer, length, lengths[layer]);
     length += reach(length, lengths[layer]);
@@ -379,7 +392,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ float4 shared_memory[];
   float* memory = reinterpret_cast<float*>(shared_memory);
   int32_t* staged = reinterpret_cast<int32_t*>(memory + s.staged) + warp_id() * slots * (p.layers + 1);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps * slots;
   int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * slots;
   float x[V][D];
   const auto read_tile = [&] {
@@ -394,12 +406,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  read_tile();  // on its way meanwhile
+  if constexpr (D <= 8) read_tile();  // on its way meanwhile
   lay_out_codebooks<D>(p, s, memory);
+  if constexpr (D > 8) read_tile();
   while (first < p.vectors) {
     const int64_t done = first;
     search_tile(p, s, memory, staged, done, x);
-    first += step;
+    first += static_cast<int64_t>(gridDim.x) * kWarps * slots;
     read_tile();
     const int count = static_cast<int>(p.vectors - done < slots ? p.vectors - done : slots);
     write_quantized<D>(p, s, memory, staged, slots, done, count);

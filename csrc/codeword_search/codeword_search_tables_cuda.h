@@ -56,43 +56,56 @@ inline bool lay_out(const Problem& p, SmallLayout& s) {
   return words <= (1 << 24);
 }
 
-__device__ inline const float* codeword_at(const Problem& p, int layer, int row) {
-  return static_cast<const float*>(p.rows[layer]) + static_cast<int64_t>(row) * p.dim;
+// Codewords start at 16 bytes.
+template <int D>
+__device__ inline void read_codeword(const Problem& p, int layer, int row, float (&x)[D]) {
+  const float* from = static_cast<const float*>(p.rows[layer]) + static_cast<int64_t>(row) * p.dim;
+  if (p.dim == D) {
+#pragma unroll
+    for (int d = 0; d < D; d += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(from + d));
+      x[d] = four.x, x[d + 1] = four.y, x[d + 2] = four.z, x[d + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int d = 0; d < D; ++d) x[d] = d < p.dim ? __ldg(from + d) : 0.0f;
+  }
 }
 
-// What a codeword adds to its scores, -infinity where it is not finite and never wins, and its length.
+// A codeword as it is laid out: zeros and a bias of -infinity where it is not finite and never wins.
 template <int D>
 struct Entry {
+  float codeword[D], sum[D];  // `sum`: of the codewords down to it, added in the order of the layers
   double bias, length;
 
   __device__ Entry(const Problem& p, int layer, int row) {
-    double above[D];
+    float above[D] = {};
+    double product = 0, square = 0;
+    read_codeword(p, layer, row, codeword);
 #pragma unroll
-    for (int d = 0; d < D; ++d) above[d] = 0;
-    for (int a = layer - 1; p.strict_tree && a >= 0; --a) {
-      const int ancestor = ancestor_of(p, layer - a, row);
-      const float* from = codeword_at(p, a, ancestor);
+    for (int d = 0; d < D; ++d) sum[d] = 0;
+    int fan = 1;
+    for (int a = 0; p.strict_tree && a < layer; ++a) fan *= p.codebook_size;
+#pragma unroll(D <= 8 ? 2 : 1)
+    for (int a = 0; p.strict_tree && a < layer; ++a, fan /= p.codebook_size) {
+      read_codeword(p, a, row / fan, above);
 #pragma unroll
-      for (int d = 0; d < D; ++d) above[d] += d < p.dim ? static_cast<double>(from[d]) : 0;
+      for (int d = 0; d < D; ++d) {
+        sum[d] += above[d];
+        product += static_cast<double>(above[d]) * static_cast<double>(codeword[d]);
+      }
     }
-    const float* from = codeword_at(p, layer, row);
-    double square = 0, product = 0;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      const double x = d < p.dim ? static_cast<double>(from[d]) : 0;
-      square += x * x;
-      product += above[d] * x;
+      sum[d] += codeword[d];
+      square += static_cast<double>(codeword[d]) * static_cast<double>(codeword[d]);
     }
     length = sqrt(square);
     bias = -square / 2 - product;
-    if (!is_finite(bias)) bias = -static_cast<double>(infinity());
-  }
-  __device__ bool wins() const { return bias > -infinity(); }
-
-  // The row `up` layers above.
-  __device__ static int ancestor_of(const Problem& p, int up, int row) {
-    for (int k = 0; k < up; ++k) row /= p.codebook_size;
-    return row;
+    if (is_finite(bias)) return;
+    bias = -infinity();
+#pragma unroll
+    for (int d = 0; d < D; ++d) codeword[d] = 0;
   }
 };
 
@@ -100,92 +113,85 @@ struct Entry {
 __device__ inline void lower(float* to, float x) { atomicMin(reinterpret_cast<unsigned*>(to), __float_as_uint(x)); }
 __device__ inline void raise(float* to, float x) { atomicMax(reinterpret_cast<unsigned*>(to), __float_as_uint(x)); }
 
-template <int D>
-__device__ void place_pair(const Problem& p, const SmallLayout& s, int layer, int codebook, int codebooks,
-                           float* memory) {
-  const Entry<D> first(p, layer, 2 * codebook), second(p, layer, 2 * codebook + 1);
-  const float* codewords = codeword_at(p, layer, 2 * codebook);
-  float* to = memory + s.codewords[layer] + 4 * codebook;
-  for (int d = 0; d < D; ++d) {
-    const float less = first.wins() && d < p.dim ? codewords[d] : 0.0f;
-    const float more = second.wins() && d < p.dim ? codewords[p.dim + d] : 0.0f;
-    to[d / 4 * codebooks * 4 + d % 4] = more - less;
+// Which codeword a thread lays out: one of all layers' with what fills the blocks up.
+struct Laid {
+  int layer = 0, codebooks = 1, first_codebook = 0, place;
+
+  __device__ Laid(const Problem& p, int padded, int index) : place(index) {
+    for (; layer < p.layers && place >= codebooks * padded; ++layer) {
+      place -= codebooks * padded;
+      first_codebook += codebooks;
+      if (p.strict_tree) codebooks *= p.codebook_size;
+    }
   }
-  const double bias = second.wins() ? second.bias - first.bias : -infinity();
-  memory[s.biases[layer] + codebook] = static_cast<float>(bias);
+};
+
+// Beside each other lie the two of a pair: the second lane takes the difference. All lanes of a warp come here.
+template <int D>
+__device__ void place_pair(const SmallLayout& s, const Laid& at, bool exists, const Entry<D>& entry, float* memory) {
+  const double less = __shfl_xor_sync(kAll, entry.bias, 1),
+               bias = entry.bias > -infinity() ? entry.bias - less : entry.bias;
+  const bool second = exists && at.place % 2 == 1;
+  const int codebook = at.place / 2;
+  if (second) memory[s.biases[at.layer] + codebook] = static_cast<float>(bias);
+#pragma unroll
+  for (int d = 0; d < D; ++d) {
+    const float difference = entry.codeword[d] - __shfl_xor_sync(kAll, entry.codeword[d], 1);
+    if (second) memory[s.codewords[at.layer] + (d / 4 * at.codebooks + codebook) * 4 + d % 4] = difference;
+  }
 }
 
 template <int D>
-__device__ void place_codeword(const Problem& p, const SmallLayout& s, int layer, int row, double bias, int place,
+__device__ void place_codeword(const SmallLayout& s, const Laid& at, bool exists, const Entry<D>& entry,
                                float* memory) {
-  const float* codeword = codeword_at(p, layer, row);
-  float* to = memory + s.codewords[layer] + place / s.width * s.width * D + place % s.width * 4;
-  for (int d = 0; d < D; ++d) {
-    to[d / 4 * s.width * 4 + d % 4] = bias > -infinity() && d < p.dim ? codeword[d] : 0.0f;
-  }
-  float* biases = memory + s.biases[layer] + place / s.width * s.width * kBiasCopies + place % s.width;
-  for (int copy = 0; copy < kBiasCopies; ++copy) biases[copy * s.width] = static_cast<float>(bias);
+  const int block = at.place >> s.width_bits, place = at.place & (s.width - 1);
+  float* to = memory + s.codewords[at.layer] + block * s.width * D + place * 4;
+#pragma unroll
+  for (int d = 0; d < D; ++d) to[d / 4 * s.width * 4 + d % 4] = exists ? entry.codeword[d] : 0.0f;
+  float* biases = memory + s.biases[at.layer] + block * s.width * kBiasCopies + place;
+  const float bias = exists ? static_cast<float>(entry.bias) : -infinity();
+  for (int copy = 0; copy < kBiasCopies; ++copy) biases[copy * s.width] = bias;
 }
 
-template <int D>
-__device__ void lay_out_layer(const Problem& p, const SmallLayout& s, int layer, int codebooks, float* memory,
-                              float* shortest) {
-  const int size = p.codebook_size, padded = s.blocks * s.width;
-  LengthsOf<float>* lengths = reinterpret_cast<LengthsOf<float>*>(memory + s.lengths);
-  for (int k = threadIdx.x; k < codebooks * padded; k += blockDim.x) {
-    const int codebook = k / padded, code = k % padded;
-    const bool exists = code < size;
-    const int row = codebook * size + (exists ? code : 0);
-    const Entry<D> entry(p, layer, row);
-    if (exists && is_finite(entry.length)) {
-      raise(&lengths[layer].longest, static_cast<float>(entry.length));
-      lower(shortest + codebook, static_cast<float>(entry.length));
-    }
-    const double never = -infinity();
-    if (!s.pairs) place_codeword<D>(p, s, layer, row, exists ? entry.bias : never, k, memory);
-  }
-  for (int k = threadIdx.x; s.pairs && k < codebooks; k += blockDim.x) {
-    place_pair<D>(p, s, layer, k, codebooks, memory);
-  }
-}
-
-// The sums of codewords down to each leaf, added in the order of the layers.
-template <int D>
-__device__ void lay_out_leaves(const Problem& p, const SmallLayout& s, int leaves, float* memory) {
-  for (int k = threadIdx.x; k < leaves * D; k += blockDim.x) {
-    const int leaf = k / D, d = k % D;
-    float sum = 0;
-    for (int layer = 0; layer < p.layers && d < p.dim; ++layer) {
-      sum += codeword_at(p, layer, Entry<D>::ancestor_of(p, p.layers - 1 - layer, leaf))[d];
-    }
-    memory[s.leaves + k] = sum;
-  }
-}
-
-// By all threads of a block, from the codewords in global memory.
+// By all threads of a block, from the codewords in global memory. All layers in one go, for their latencies to overlap.
 template <int D>
 __device__ void lay_out_codebooks(const Problem& p, const SmallLayout& s, float* memory) {
   LengthsOf<float>* lengths = reinterpret_cast<LengthsOf<float>*>(memory + s.lengths);
   float* shortest = memory + s.staged;
-  int all_codebooks = 0;
+  const int size = p.codebook_size, padded = s.pairs ? 2 : s.blocks * s.width;
+  int codewords = 0, all_codebooks = 0;
   for (int layer = 0, codebooks = 1; layer < p.layers; ++layer) {
+    codewords += codebooks * padded;
     all_codebooks += codebooks;
-    if (p.strict_tree) codebooks *= p.codebook_size;
+    if (p.strict_tree) codebooks *= size;
   }
   for (int k = threadIdx.x; k < all_codebooks; k += blockDim.x) shortest[k] = infinity();
   for (int k = threadIdx.x; k < 2 * kMaxLayers; k += blockDim.x) memory[s.lengths + k] = 0;
   __syncthreads();
-  for (int layer = 0, codebooks = 1, first = 0; layer < p.layers; ++layer) {
-    lay_out_layer<D>(p, s, layer, codebooks, memory, shortest + first);
-    first += codebooks;
-    if (p.strict_tree) codebooks *= p.codebook_size;
-    if (p.strict_tree && layer + 1 == p.layers) lay_out_leaves<D>(p, s, codebooks, memory);
+  for (int start = 0; start < codewords; start += blockDim.x) {
+    const int index = start + threadIdx.x;
+    const Laid at(p, padded, min(index, codewords - 1));
+    const int codebook = at.place / padded, code = at.place % padded, row = codebook * size + code;
+    const bool mine = index < codewords, exists = mine && code < size;
+    const Entry<D> entry(p, at.layer, exists ? row : 0);
+    if (exists && is_finite(entry.length)) {
+      raise(&lengths[at.layer].longest, static_cast<float>(entry.length));
+      lower(shortest + at.first_codebook + codebook, static_cast<float>(entry.length));
+    }
+    if (s.pairs) {
+      place_pair(s, at, exists, entry, memory);
+    } else if (mine) {
+      place_codeword(s, at, exists, entry, memory);
+    }
+    if (!exists || !p.strict_tree || at.layer + 1 < p.layers) continue;
+#pragma unroll
+    for (int d = 0; d < D; ++d) memory[s.leaves + row * D + d] = entry.sum[d];
   }
   __syncthreads();
   for (int layer = 0, codebooks = 1, first = 0; layer < p.layers; ++layer) {
     for (int k = threadIdx.x; k < codebooks; k += blockDim.x) raise(&lengths[layer].shortest, shortest[first + k]);
     first += codebooks;
-    if (p.strict_tree) codebooks *= p.codebook_size;
+    if (p.strict_tree) codebooks *= size;
   }
   __syncthreads();
 }

@@ -248,6 +248,10 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 inline float __uint_as_float(unsigned x) { return cuda_on_host::as<float>(x); }
+template <class T>
+inline T __ldg(const T* from) {
+  return *from;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
