@@ -92,7 +92,7 @@ def test_every_stage_is_a_run_of_its_own(trained):
     assert sorted(names) == sorted([*ORDER, "config.yaml", "weights"])
     for stage in ORDER:
         inside = sorted(path.name for path in (root / stage).iterdir())
-        assert inside == ["best", "checkpoints", "config.yaml", "log.jsonl", "weights"]
+        assert inside == ["best", "checkpoints", "config.yaml", "curves.png", "log.jsonl", "weights"]
         assert [record["step"] for record in log(root / stage)] == [1, 2, 3, 4, 5, 6]
     assert same(weights(root / "weights"), weights(root / "joint" / "weights"))
     alone, how = checkpoint.read_weights(root / "autoencoder", HRVQVAE)

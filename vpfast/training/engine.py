@@ -1,6 +1,5 @@
 """One run of the training loop: in one process or many, on any device that Accelerate knows."""
 
-import json
 import math
 import signal
 import threading
@@ -17,19 +16,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from vpfast.training import checkpoint
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
 from vpfast.training.files import new_folder, write_file
+from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
 from vpfast.training.update import Context
-from vpfast.training.validation import validate
+from vpfast.training.validation import sample, validate
 
 # What may differ between a run and its continuation without making it another run.
-_FREE = ("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache")
+_FREE = (
+    *("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache"),
+    *("tensorboard", "strip_every"),
+)
 
 
 class Stopped(Exception):  # noqa: N818 - not a failure
@@ -64,7 +66,7 @@ class _Run:
         if resume:
             _check_same_run(config)
         self.accelerator = accelerator(config)
-        self.progress = progress and self.accelerator.is_main_process
+        self.log = RunLog(config, self.accelerator.is_main_process, progress)
         check_apart(config.data)
         self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
         self.val = self._validation_clips()
@@ -97,22 +99,19 @@ class _Run:
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
             write_file(self.out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-            _cut_log(self.out / "log.jsonl", self.step)
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress, dynamic_ncols=True)
-        with _signals() as caught, bar, (self.out / "log.jsonl").open("a") as log:
+        with _signals() as caught, self.log.opened(self.step) as log:
             started = time.perf_counter()
             for frames in self._batches():
                 record = self._step(frames)
                 record["seconds"] = round(time.perf_counter() - started, 4)
                 if self._due(config.val_every) and self.val is not None:
                     record |= self._validate(self.val)
-                if main:
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                bar.set_postfix(_postfix(record), refresh=False)
-                bar.update()
+                log.write(record)
                 if self._due(config.save_every) or self._due(config.steps) or caught:
                     self._save()
+                if log.wants_strip(self.step):
+                    clips = self.clips if self.val is None else self.val
+                    log.strip(self.step, *sample(self.recipe, self.plain, clips, config, self.accelerator))
                 if caught and self.step < config.steps:
                     raise Stopped(self.step, caught[0], config.out)
                 started = time.perf_counter()
@@ -202,13 +201,6 @@ def _freeze_all_but(trained: Sequence[nn.Module], model: nn.Module) -> None:
         part.requires_grad_(True)
 
 
-def _postfix(record: dict[str, Any]) -> dict[str, str]:
-    shown = {"loss": f"{record['loss']:.4g}", "clips/s": f"{record['clips'] / record['seconds']:.1f}"}
-    if "val_mse" in record:
-        shown["val_mse"] = f"{record['val_mse']:.4g}"
-    return shown
-
-
 def check_folder(out: Path, resume: bool) -> None:
     """Raise ValueError where a run cannot begin in the folder ``out`` or, with ``resume``, go on there."""
     if out.exists() and not out.is_dir():
@@ -235,20 +227,6 @@ def lookup(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from, so that no step is told twice."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= step]
-        write_file(path, "".join(line + "\n" for line in lines))
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the line that was being written when the run was killed
-        return math.inf
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import yaml
 from vpfast.training import checkpoint, engine
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict, unknown_key
 from vpfast.training.files import new_folder, write_file
+from vpfast.training.log import check_tensorboard
 from vpfast.training.network import build_model
 from vpfast.training.recipes import STAGES, recipe_named
 
@@ -38,6 +39,8 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
         Stopped: a signal came.
     """
     runs = runs_of(config)
+    for each in runs.values() or [config]:
+        check_tensorboard(each)
     if not runs:
         return engine.run(config, resume, progress)
     out = Path(config.out)

@@ -55,6 +55,23 @@ def validate(
     return record
 
 
+@torch.no_grad()
+def sample(
+    recipe: Recipe, model: nn.Module, clips: Dataset[Tensor], config: TrainConfig, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], int]:
+    """The first of the clips and what the model makes of it, (T, C, H, W) each, and how many of its frames are given.
+
+    Nothing is drawn: the random state stays as it is. For one process alone, which no other has to wait for.
+    """
+    model.eval()
+    frames = clips[0].unsqueeze(0).to(accelerator.device)
+    with accelerator.autocast():
+        compared = recipe.compare(model, frames, config.context, Sampling())
+    given = frames[0, : frames.shape[1] - compared.real.shape[1]]
+    rows = {name: torch.cat([given, made[0].float().clamp(0, 1)]) for name, made in compared.made.items()}
+    return {"truth": frames[0], **rows}, given.shape[0]
+
+
 def _add(sums: dict[str, Tensor], name: str, found: Tensor) -> None:
     sums[name] = sums[name] + found if name in sums else found
 
