@@ -205,8 +205,6 @@ class TrainConfig:
     keep: int = option(2, "checkpoints to keep")
     tensorboard: bool = option(False, "tell TensorBoard too, in the folder tensorboard/ of the run")
     strip_every: int = option(500, "TensorBoard: steps between strips of a clip beside its prediction; 0 for none")
-    tensorboard: bool = option(False, "tell TensorBoard too, in the folder tensorboard/ of the run")
-    strip_every: int = option(500, "TensorBoard: steps between strips of a clip beside its prediction; 0 for none")
 
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
