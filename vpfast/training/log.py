@@ -130,7 +130,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             continue
         kind, name = ("val", key.removeprefix("val_")) if key.startswith("val_") else ("train", key)
         lines = value.items() if isinstance(value, Mapping) else [("", value)]
-        tags |= {f"{kind}/{name}/{line}".rstrip("/").replace(" ", "_"): number for line, number in lines}
+        for line, number in lines:
+            if number is not None:
+                tags[f"{kind}/{name}/{line}".rstrip("/").replace(" ", "_")] = number
     return tags
 
 
