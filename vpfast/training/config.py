@@ -164,6 +164,10 @@ class OptimConfig:
     clip_norm: float | None = option(None, "clip the gradient to this norm")
     schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate goes on after warm-up")
     warmup: int = option(0, "steps over which the learning rate rises from 0")
+    accumulate: int = option(1, "parts of batch_size clips whose gradients make one step, as those of a larger batch")
+    ema_decay: float | None = option(
+        None, "average the weights over the steps with this decay, such as 0.999: validated and written in their place"
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
@@ -193,14 +197,18 @@ class TrainConfig:
     context: int = option(10, "real frames the network is given")
     horizon: int = option(10, "frames to predict after them; 0 for a model that makes the frames it is given again")
     steps: int = option(10_000, "updates of the weights")
-    batch_size: int = option(8, "clips a step and process")
+    batch_size: int = option(8, "clips a step and process; with optim.accumulate so many times that")
     seed: int = option(0, "decides the first weights, the order of the clips, and every other draw")
     workers: int = option(0, "processes that prepare clips; 0 does it in the training process")
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU when there is one")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the network; weights stay float32")
+    checkpoint_activations: bool = option(
+        False, "mspn: keep one frame's activations in memory at a time and compute them again in the backward pass"
+    )
     channels_last: bool = option(True, "lay maps out channels last, the faster way for convolutions on most machines")
     val_every: int = option(500, "steps between validations; 0 for none")
     val_clips: int = option(64, "clips of the validation split to use")
+    patience: int | None = option(None, "end the run after so many validations that were no better than the best")
     save_every: int = option(500, "steps between checkpoints; 0 for the last step alone")
     keep: int = option(2, "checkpoints to keep")
     tensorboard: bool = option(False, "tell TensorBoard too, in the folder tensorboard/ of the run")
@@ -289,6 +297,10 @@ def _check_numbers(config: TrainConfig) -> None:
     _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
     _require(optim.clip_norm is None or optim.clip_norm > 0, "optim.clip_norm", optim.clip_norm, "above 0, or null")
     _require(config.loss.sampling_steps >= 1, "loss.sampling_steps", config.loss.sampling_steps, "at least 1")
+    _require(optim.accumulate >= 1, "optim.accumulate", optim.accumulate, "at least 1")
+    decay = optim.ema_decay
+    _require(decay is None or 0 < decay < 1, "optim.ema_decay", decay, "above 0 and below 1, or null")
+    _require(config.patience is None or config.patience >= 1, "patience", config.patience, "at least 1, or null")
     _require(0 <= optim.warmup <= config.steps, "optim.warmup", optim.warmup, f"from 0 to steps ({config.steps})")
 
 
@@ -317,6 +329,8 @@ def _check_adversarial(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     data, (fewest, most) = config.data, config.loss.feedback_range
+    watched = config.patience is None or bool(config.val_every)
+    _require(watched, "patience", config.patience, "null where val_every is 0: nothing is validated")
     if config.loss.feedback == "random":
         fine = 0 <= fewest <= most < config.clip_length
         _require(fine, "loss.feedback_range", [fewest, most], f"[fewest, most] below the clip's {config.clip_length}")

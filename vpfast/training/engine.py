@@ -124,7 +124,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         batches = StepBatches(
             len(self.clips),  # type: ignore[arg-type]
-            config.batch_size,
+            config.batch_size * config.optim.accumulate,
             range(self.step, config.steps),
             config.seed,
             accelerator.process_index,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,11 +73,19 @@ class Update(Protocol):
 
 
 class GradientUpdate:
-    """The ordinary one: down the gradient of ``recipe.objective``, all clips of a step at once."""
+    """The ordinary one: down the gradient of ``recipe.objective``, of all clips of a step.
+
+    With ``optim.accumulate`` the clips pass in so many parts. The gradient is that of all of them at once, but for
+    batch norm, whose statistics are those of a part.
+
+    Raises:
+        ValueError: something in the model moves once a batch, which parts of one would move several times.
+    """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         optim = context.config.optim
+        check_parts(context)
         optimizer = torch.optim.Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay)
         self._model, self._optimizer = context.accelerator.prepare(context.model, optimizer)
         self.modules: dict[str, nn.Module] = {}
@@ -88,20 +97,73 @@ class GradientUpdate:
         set_rate(self._optimizer, rate)
         context.train_mode()
         self._optimizer.zero_grad()
-        loss = context.recipe.objective(self._model, frames, context.config, step)
-        context.accelerator.backward(loss.total)
-        told = tell(loss, context.accelerator)
-        check_finite(told["loss"], step, context.config)
+        parts = frames.chunk(context.config.optim.accumulate)
+        told = [self._descend(part, step, len(parts), last=part is parts[-1]) for part in parts]
+        record = tell(_joined(told), context.accelerator)
+        check_finite(record["loss"], step, context.config)
         clip(context.accelerator, self._optimizer, context.parameters, context.config.optim.clip_norm)
         self._optimizer.step()
-        return {**told, "lr": rate}
+        return {**record, "lr": rate, **scale(context.accelerator)}
+
+    def _descend(self, frames: Tensor, step: int, parts: int, last: bool) -> "Loss":
+        """Add the gradient of one part; processes bring theirs together after the last."""
+        context = self.context
+        together = nullcontext() if last else context.accelerator.no_sync(self._model)
+        with together:
+            loss = context.recipe.objective(self._model, frames, context.config, step)
+            context.accelerator.backward(to_minimise(loss, parts, context.accelerator.num_processes))
+        return loss._replace(total=loss.total.detach(), summed=None if loss.summed is None else loss.summed.detach())
+
+
+def check_parts(context: Context) -> None:
+    """Raise ValueError where ``optim.accumulate`` asks for what the model does not allow."""
+    why = context.recipe.batchwise(context.model)
+    if context.config.optim.accumulate > 1 and why is not None:
+        raise ValueError(
+            f"optim.accumulate: {context.config.optim.accumulate} given, must be 1 where {why}; take a larger "
+            "batch_size, or several processes"
+        )
+
+
+def to_minimise(loss: "Loss", parts: int, processes: int) -> Tensor:
+    """What a process calls backward on for one of ``parts`` parts of its clips.
+
+    Gradients add up over the parts and are averaged over the processes; so they become those of all clips at once.
+    """
+    if loss.summed is None:
+        return loss.total / parts
+    if loss.summed is loss.total:
+        return loss.total * processes
+    return (loss.total - loss.summed) / parts + loss.summed * processes
 
 
 def tell(loss: "Loss", accelerator: Accelerator) -> dict[str, float]:
-    """``loss`` and its parts over all processes, for the log."""
-    told = torch.stack([loss.total.detach().float(), *(part.detach().float() for part in loss.parts.values())])
-    reduced: Any = accelerator.reduce(told, "mean")
-    return dict(zip(("loss", *loss.parts), reduced.tolist(), strict=True))
+    """The loss of all clips of a process -> loss and its parts over the clips of all processes, for the log."""
+    summed = torch.zeros_like(loss.total) if loss.summed is None else loss.summed
+    numbers = torch.stack([part.detach().float() for part in (loss.total - summed, summed, *loss.parts.values())])
+    reduced: Any = accelerator.reduce(numbers, "sum")
+    mean, added, *parts = reduced.tolist()
+    processes = accelerator.num_processes
+    told = {"loss": mean / processes + added}
+    for name, value in zip(loss.parts, parts, strict=True):
+        told[name] = value if name in loss.sums else value / processes
+    return told
+
+
+def _joined(losses: "Sequence[Loss]") -> "Loss":
+    """The losses of the parts of a batch -> that of the batch, without gradient."""
+    first, count = losses[0], len(losses)
+    if count == 1:
+        return first
+    parts = {}
+    for name in first.parts:
+        added = torch.stack([loss.parts[name] for loss in losses]).sum()
+        parts[name] = added if name in first.sums else added / count
+    total = torch.stack([loss.total for loss in losses]).sum()
+    if first.summed is None:
+        return first._replace(total=total / count, parts=parts)
+    summed = torch.stack([loss.summed for loss in losses if loss.summed is not None]).sum()
+    return first._replace(total=(total - summed) / count + summed, parts=parts, summed=summed)
 
 
 def check_finite(loss: float, step: int, config: TrainConfig) -> None:
@@ -123,6 +185,14 @@ def clip(
     if norm is not None:
         accelerator.unscale_gradients(optimizer)
         nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def scale(accelerator: Accelerator) -> dict[str, float]:
+    """For the log: by what float16 gradients are scaled; nothing in other precisions.
+
+    It falls where a gradient overflowed, and that step changed no weight.
+    """
+    return {} if accelerator.scaler is None else {"scale": accelerator.scaler.get_scale()}
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

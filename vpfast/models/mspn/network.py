@@ -1,11 +1,14 @@
 """The multi-scale predictive network (paper, section III-A and Algorithm 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from vpfast.models._frames import check_count, check_frames, check_size
 from vpfast.models.mspn.config import DownSampling, MSPNConfig
@@ -78,7 +81,12 @@ class MSPN(nn.Module):
         self.levels = nn.ModuleList(level(config, index) for index in range(config.levels))
 
     def forward(
-        self, frames: Tensor, horizon: int = 0, feedback: Feedback = "attached", seen: Sequence[bool] | None = None
+        self,
+        frames: Tensor,
+        horizon: int = 0,
+        feedback: Feedback = "attached",
+        seen: Sequence[bool] | None = None,
+        recompute: bool = False,
     ) -> MSPNOutput:
         """Run over a clip and ``horizon`` frames beyond it.
 
@@ -88,6 +96,8 @@ class MSPN(nn.Module):
             feedback: whether gradients flow through predictions that take the place of frames.
             seen: for each of the T frames whether it is looked at; where not, the prediction takes its place already.
                 None: all of them are.
+            recompute: keep for the backward pass only what one step hands to the next, and compute each step again
+                there: less memory, more time, the same gradients. Nothing changes where no gradient is needed.
 
         Returns:
             the predictions of all T + horizon steps at every level.
@@ -110,7 +120,11 @@ class MSPN(nn.Module):
         steps: list[tuple[Tensor, ...]] = []
         for time in range(length + horizon):
             looks = time < length and (seen is None or seen[time])
-            predictions, state = self._step(frames[:, time] if looks else None, state, feedback)
+            frame = frames[:, time] if looks else None
+            if recompute and torch.is_grad_enabled():
+                predictions, state = self._step_again(frame, state, feedback)
+            else:
+                predictions, state = self._step(frame, state, feedback)
             steps.append(predictions)
         return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)), self.config.down_sampling)
 
@@ -197,6 +211,21 @@ class MSPN(nn.Module):
         errors = self._compare(ahead.predictions, frame)
         return ahead.predictions, MSPNState(ahead.cells, errors, frame if self.config.feed_frame else None)
 
+    def _step_again(
+        self, frame: Tensor | None, state: MSPNState, feedback: Feedback
+    ) -> tuple[tuple[Tensor, ...], MSPNState]:
+        """:meth:`_step`, whose activations are not kept but computed again in the backward pass."""
+        made: tuple[tuple[Tensor, ...], MSPNState] = checkpoint(
+            self._step,
+            frame,
+            state,
+            feedback,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a step is drawn
+            context_fn=lambda: (nullcontext(), _statistics_left_alone(self)),
+        )
+        return made
+
     def _look_ahead(self, state: MSPNState) -> Ahead:
         """Top-down pass (Algorithm 1, lines 4-12)."""
         top = self.config.levels - 1
@@ -278,6 +307,21 @@ class _EncLSTMDecLevel(nn.Module):
     def forward(self, x: Tensor, state: State, shared: Tensor | None) -> tuple[Tensor, State, Tensor | None]:
         prediction, state = self.cell(x, state)
         return prediction, state, None
+
+
+@contextmanager
+def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode normalize as ever, but do not count this batch into their running statistics."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    kept = [(module.momentum, module.num_batches_tracked.clone()) for module in norms]  # type: ignore[union-attr]
+    for module in norms:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, (momentum, batches) in zip(norms, kept, strict=True):
+            module.momentum = momentum
+            module.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 def _stack(maps: tuple[Tensor, ...]) -> Tensor:

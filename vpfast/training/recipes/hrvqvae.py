@@ -14,7 +14,8 @@ def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) 
     output = model(frames)
     loss = hrvqvae_loss(output, frames)
     quantization = output.quantization_losses.detach().sum()
-    return Loss(loss, {"reconstruction": loss.detach() - quantization, "quantization": quantization})
+    parts = {"reconstruction": loss.detach() - quantization, "quantization": quantization}
+    return Loss(loss, parts, loss, tuple(parts)) if output.loss_reduction == "sum" else Loss(loss, parts)
 
 
 def compare(model: HRVQVAE, frames: Tensor, context: int, sampling: Sampling) -> Comparison:
@@ -33,4 +34,21 @@ def _counts(model: HRVQVAE, codes: Codes) -> tuple[Tensor, ...]:
     return counts
 
 
-RECIPE = Recipe(HRVQVAE, SHRVQVAEConfig, "kth-3x8", predicts=False, objective=objective, compare=compare)
+def batchwise(model: HRVQVAE) -> str | None:
+    """Averages, restarts and a start from data are of the batch that the quantizer is given."""
+    if model.config.codebook_update == "ema":
+        return "codebooks are averages over batches (model.codebook_update ema)"
+    if model.config.dead_codes == "restart":
+        return "codewords start from a batch and restart in it (model.dead_codes restart)"
+    return None
+
+
+RECIPE = Recipe(
+    HRVQVAE,
+    SHRVQVAEConfig,
+    "kth-3x8",
+    predicts=False,
+    objective=objective,
+    compare=compare,
+    batchwise=batchwise,
+)

@@ -16,7 +16,10 @@ from vpfast.training.recipes.recipe import Loss, same_model
 def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Loss:
     """S-HR-VQVAE paper, Eq. 9, of the frames (B, T, C, H, W) after the context."""
     terms = joint_terms(model, frames, config.context)
-    return Loss(terms.total, {"prior": terms.prior.detach(), "reconstruction": terms.reconstruction.detach()})
+    parts = {"prior": terms.prior.detach(), "reconstruction": terms.reconstruction.detach()}
+    if config.model.get("loss_reduction") != "sum":
+        return Loss(terms.total, parts)
+    return Loss(terms.total, parts, terms.total - terms.prior, ("reconstruction",))
 
 
 def trained(model: SHRVQVAE) -> Sequence[nn.Module]:

@@ -17,10 +17,17 @@ MODEL, BASELINE = "prediction", "repeat last frame"
 
 
 class Loss(NamedTuple):
-    """What is minimised, a scalar, and what the log tells beside it: scalars without gradient."""
+    """What is minimised, a scalar, and what the log tells beside it: scalars without gradient.
+
+    A batch may be computed in parts, by several processes or one after another. ``summed`` is that share of ``total``
+    which is a sum over clips, so that the parts add up; the rest, where there is one, is a mean over clips. The same
+    goes for those of ``parts`` that ``sums`` names.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    summed: Tensor | None = None
+    sums: Collection[str] = ()
 
 
 class Sampling(NamedTuple):
@@ -67,6 +74,9 @@ class Recipe:
         pixel_loss: whether the section ``loss`` of a run says what is minimised; if not, fields of the model do.
         samples: whether ``sampling`` makes a difference.
         update: (context) -> what takes the steps of a run.
+        recomputes: whether ``checkpoint_activations`` makes a difference.
+        batchwise: (model) -> what moves it once a batch, apart from gradients, so that a batch is not to be computed in
+            parts, as the end of a sentence; None where nothing does.
     """
 
     model_class: Callable[[Any], nn.Module]
@@ -80,6 +90,8 @@ class Recipe:
     pixel_loss: bool = False
     samples: bool = False
     update: Callable[[Context], Update] = GradientUpdate
+    recomputes: bool = False
+    batchwise: Callable[[Any], str | None] = lambda model: None
 
     def check(self, config: TrainConfig) -> None:
         """Raise ValueError, which names the key, where ``config`` asks what this kind of model has no use for."""
@@ -90,10 +102,16 @@ class Recipe:
                 f"horizon: {config.horizon} given, must be 0: this model predicts nothing, it makes the frames of the "
                 "context again"
             )
+        if config.checkpoint_activations and not self.recomputes:
+            raise ValueError(
+                "checkpoint_activations: True given, must be false: this model has no rollout to recompute"
+            )
         if not self.pixel_loss and config.loss != LossConfig():
             raise ValueError(
                 f"loss: {config.loss} given, must be left out: the terms of this model's loss are fields of model"
             )
+        if not self.pixel_loss and config.adversarial.enabled:
+            raise ValueError("adversarial.enabled: True given, must be False: this model is trained without one")
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise ValueError, which names the key, where a way to draw is asked for and nothing is drawn."""
