@@ -68,6 +68,7 @@ def test_unknown_key_names_the_nearest():
         ({"adversarial": {"channels": [8, 0]}}, "adversarial.channels"),
         ({"adversarial": {"enabled": True}, "data": {"size": 48}}, "data.size"),
         ({"adversarial": {"enabled": True, "first_frame": 20}}, "adversarial.first_frame"),
+        ({"adversarial": {"enabled": True}, "optim": {"accumulate": 2}}, "optim.accumulate"),
     ],
 )
 def test_the_impossible_is_refused_by_its_key(values, key):

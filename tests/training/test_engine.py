@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import vpfast.models
 from vpfast.training import LossConfig, OptimConfig, Stopped, checkpoint, engine, train
 from vpfast.training.recipes import RECIPES, Loss
-from vpfast.training.recipes.mspn import frames_fed_back, objective
 from vpfast.training.update import learning_rate
 
 
@@ -185,24 +184,6 @@ def test_models_that_cannot_be_are_refused_before_the_folder_is_made(tiny, model
     with pytest.raises(ValueError, match=message):
         train(config, progress=False)
     assert not Path(config.out).exists()
-
-
-def test_feedback_decides_what_the_network_sees(tiny):
-    seen = []
-
-    class Recorder(torch.nn.Module):
-        def forward(self, frames, horizon, feedback):
-            seen.append((frames.shape[1], horizon, feedback))
-            raise StopIteration
-
-    for feedback in ("fixed", "detached", "none", "random"):
-        config = tiny(loss=LossConfig(feedback=feedback, feedback_range=(1, 4)))
-        with pytest.raises(StopIteration):
-            objective(Recorder(), torch.zeros(1, 5, 1, 16, 16), config, 7)
-    drawn = frames_fed_back(config, 7)
-    expected = [(3, 2, "attached"), (3, 2, "detached"), (5, 0, "attached"), (5 - drawn, drawn, "attached")]
-    assert seen == expected
-    assert {frames_fed_back(config, step) for step in range(100)} == {1, 2, 3, 4}
 
 
 def test_the_learning_rate_warms_up_and_falls(tiny):

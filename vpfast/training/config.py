@@ -323,6 +323,8 @@ def _check_adversarial(config: TrainConfig) -> None:
     fits = all(side % factor == 0 for side in config.data.frame_size)
     accepted = f"multiples of {factor}, which the {len(widths)} widths of adversarial.channels divide by"
     _require(fits, "data.size", list(config.data.frame_size), accepted)
+    parts = config.optim.accumulate
+    _require(parts == 1, "optim.accumulate", parts, "1 with adversarial.enabled: scores are of a whole batch")
     first, length = given.first_frame, config.clip_length
     _require(0 <= first < length, "adversarial.first_frame", first, f"from 0 to {length - 1}, a frame of the clip")
 

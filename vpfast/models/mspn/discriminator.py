@@ -11,6 +11,17 @@ from vpfast.models.mspn.released import convert_discriminator
 from vpfast.nn.bottleneck import LEAK, Bottleneck
 
 
+class Standardise(nn.Module):
+    """All frames together to mean 0 and standard deviation 1: (N, C, H, W) -> (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x - x.mean(), x.std())
+
+    def scaled(self, centred: Tensor, deviation: Tensor) -> Tensor:
+        # A frame of one colour has no deviation; the bound keeps its score finite and changes no other.
+        return centred / deviation.clamp_min(1e-6)
+
+
 class Discriminator(nn.Module):
     """Frames (N, C, H, W) or clips (B, T, C, H, W) -> one score a frame: the higher, the more real.
 
@@ -37,6 +48,7 @@ class Discriminator(nn.Module):
         self.in_channels = in_channels
         factor = 2 ** (len(channels) - 1)
         self.frame_size = (size[0] * factor, size[1] * factor)
+        self.standardise = Standardise()
         self.first = nn.Conv2d(in_channels, channels[0], 7, padding=3)
         self.blocks = nn.ModuleList(Bottleneck(i, o, batch_norm=True) for i, o in pairwise(channels))
         self.last = nn.Conv2d(channels[-1], 1024, size)
@@ -57,9 +69,7 @@ class Discriminator(nn.Module):
                 f"Discriminator takes frames of shape (N, {sizes}) or (B, T, {sizes}), which its `size` sets; "
                 f"got {tuple(frames.shape)}"
             )
-        x = frames.flatten(0, -4)
-        # A frame of one colour has no deviation; the bound keeps its score finite and changes no other.
-        x = self.first((x - x.mean()) / x.std().clamp_min(1e-6))
+        x = self.first(self.standardise(frames.flatten(0, -4)))
         for block in self.blocks:
             x = F.max_pool2d(block(x), 2)
         scores: Tensor = self.score(self.last(x).flatten(1))

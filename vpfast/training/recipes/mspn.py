@@ -1,13 +1,14 @@
 """MSPN: the pixel loss on clips, measured by the future frames beside repeating the last real one."""
 
-import random
-
 from torch import Tensor, nn
 
 from vpfast.models import MSPN, MSPNConfig
 from vpfast.models.mspn import pixel_loss
+from vpfast.training.adversarial import AdversarialUpdate
 from vpfast.training.config import TrainConfig
+from vpfast.training.feedback import unrolled
 from vpfast.training.recipes.recipe import BASELINE, MODEL, Comparison, Loss, Recipe, Sampling
+from vpfast.training.update import Context, GradientUpdate, Update
 
 
 def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -> Loss:
@@ -15,20 +16,14 @@ def objective(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) 
 
     MSPN paper, Eq. 5 and section III-B, Long-term Prediction.
     """
-    fed_back = frames_fed_back(config, step)
-    feedback = "detached" if config.loss.feedback == "detached" else "attached"
-    output = model(frames[:, : frames.shape[1] - fed_back], horizon=fed_back, feedback=feedback)
-    return Loss(pixel_loss(output, frames, config.loss.norm, config.loss.level_weights), {})
+    output = unrolled(model, frames, config, step)
+    loss = pixel_loss(output, frames, config.loss.norm, config.loss.level_weights)
+    return Loss(loss, {}, summed=None if config.loss.norm == "mse" else loss)
 
 
-def frames_fed_back(config: TrainConfig, step: int) -> int:
-    """How many of a clip's last frames the network does not see at this step."""
-    if config.loss.feedback == "none":
-        return 0
-    if config.loss.feedback == "random":
-        # Drawn from the step's number alone: the same in every process and after a resume.
-        return random.Random(f"{config.seed}/{step}").randint(*config.loss.feedback_range)
-    return config.horizon
+def update(context: Context) -> Update:
+    """Down the gradient of the pixel loss, or against a discriminator."""
+    return AdversarialUpdate(context) if context.config.adversarial.enabled else GradientUpdate(context)
 
 
 def compare(model: MSPN, frames: Tensor, context: int, sampling: Sampling) -> Comparison:
@@ -39,5 +34,13 @@ def compare(model: MSPN, frames: Tensor, context: int, sampling: Sampling) -> Co
 
 
 RECIPE = Recipe(
-    MSPN, MSPNConfig, "released-default", predicts=True, objective=objective, compare=compare, pixel_loss=True
+    MSPN,
+    MSPNConfig,
+    "released-default",
+    predicts=True,
+    objective=objective,
+    compare=compare,
+    pixel_loss=True,
+    recomputes=True,
+    update=update,
 )
