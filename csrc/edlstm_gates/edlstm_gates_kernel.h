@@ -40,10 +40,12 @@ struct ForwardBody {
           cell_state(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
                      Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
       cell[k / V::lanes] = state;
+      prefetch_to_write(c + k);
       Lanes<TC>::store(c + k, state, part);
     }
     for (int k = 0; k < count; k += V::lanes) {
       const int part = count - k < V::lanes ? count - k : V::lanes;
+      prefetch_to_write(h + k);
       Lanes<TG>::store(h + k, hidden_state(Lanes<TG>::load(gates + p.offset_o + k, part), cell[k / V::lanes]), part);
     }
   }
@@ -74,6 +76,11 @@ struct BackwardBody {
       const V dh = grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
       const V dc = grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
       const Gradients<V> d = gradients(recomputed[k / V::lanes], Lanes<TG>::load(gates + p.offset_o + k, part), dh, dc);
+      prefetch_to_write(grad_gates + p.offset_f + k);
+      prefetch_to_write(grad_gates + p.offset_i + k);
+      prefetch_to_write(grad_gates + p.offset_o + k);
+      prefetch_to_write(grad_gates + p.offset_g + k);
+      prefetch_to_write(grad_c_prev + k);
       Lanes<TG>::store(grad_gates + p.offset_f + k, d.f, part);
       Lanes<TG>::store(grad_gates + p.offset_i + k, d.i, part);
       Lanes<TG>::store(grad_gates + p.offset_o + k, d.o, part);
