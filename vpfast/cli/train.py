@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from vpfast.cli._options import Options
 from vpfast.training import TrainConfig, train
-from vpfast.training.config import from_dict
+from vpfast.training.config import from_dict, to_dict
+from vpfast.training.dry_run import dry_run, report
 
 DESCRIPTION = (
     "Train a model. Options override the YAML file, e.g. --config mspn/moving-digits --optim.lr 3e-4 "
@@ -18,12 +21,23 @@ def run(argv: Sequence[str]) -> int:
     options = Options("vpfast train", DESCRIPTION)
     options.add_config(TrainConfig)
     options.add_flag("resume", "go on with the run in --out, with its own config.yaml if no --config is given")
+    options.add_flag("dry-run", "print the configuration, parameters, memory and FLOPs; read no data, write nothing")
     values = options.parse(argv)
     if values["resume"] and "--config" not in {arg.partition("=")[0] for arg in argv}:
         before = Path(values["out"]) / "config.yaml"
         if before.is_file():
             values = options.parse(["--config", str(before), *argv])
-    resume = values.pop("resume")
-    weights = train(from_dict(TrainConfig, values), resume=resume)
+    resume, dry = values.pop("resume"), values.pop("dry_run")
+    config = from_dict(TrainConfig, values)
+    if dry:
+        return _tell(config)
+    weights = train(config, resume=resume)
     print(f"weights: {weights}")
+    return 0
+
+
+def _tell(config: TrainConfig) -> int:
+    costs = dry_run(config)
+    print(yaml.safe_dump(to_dict(config), sort_keys=False))
+    print(report(costs))
     return 0

@@ -111,17 +111,17 @@ class HRVQVAE(nn.Module):
         Long clips pass in parts, so that memory beyond frames and codes does not grow with them. Errors as in
         ``forward``, and ValueError where the encoder gives values that are not finite.
         """
+        indices, (height, width) = self.indices(frames), frames.shape[-2:]
+        return Codes(indices, self.config.codebook_size, (height, width), self.config.in_channels, self._fingerprint())
+
+    @torch.no_grad()
+    def indices(self, frames: Tensor) -> Tensor:
+        """Those of :meth:`encode` alone, int64 (B, T, h, w, n) or (T, h, w, n), for use beside the model."""
         self._check_frames(frames)
         *clips, _, height, width = frames.shape
         parts = [self._indices_of(part) for part in frames.flatten(0, -4).split(_frames_at_once(height, width))]
         indices = torch.cat(parts)
-        return Codes(
-            indices.reshape(*clips, *indices.shape[1:]),
-            self.config.codebook_size,
-            (height, width),
-            self.config.in_channels,
-            self._fingerprint(),
-        )
+        return indices.reshape(*clips, *indices.shape[1:])
 
     @torch.no_grad()
     def decode(self, codes: Codes, layers: int | None = None) -> Tensor:

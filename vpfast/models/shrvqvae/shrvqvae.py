@@ -109,7 +109,7 @@ class SHRVQVAE(nn.Module):
         """
         self._check_frames(frames)
         context = check_context(context, frames.shape[1])
-        codes = self.autoencoder.encode(frames).indices
+        codes = self.autoencoder.indices(frames)
         given = codes
         if generate and self.config.joint_inputs == "free":
             future = sample(self.prior, codes[:, :context], codes.shape[1] - context)
@@ -208,7 +208,7 @@ class SHRVQVAE(nn.Module):
 
     def _encode(self, frames: Tensor) -> Tensor:
         """(B, T, C, H, W) -> int64 (B, T, h, w, n), frame by frame: to the last bit what a stream sees."""
-        return torch.cat([self.autoencoder.encode(frame).indices for frame in frames.split(1, dim=1)], dim=1)
+        return torch.cat([self.autoencoder.indices(frame) for frame in frames.split(1, dim=1)], dim=1)
 
     def _decode(self, codes: Tensor, size: Sequence[int]) -> Tensor:
         """int64 (*, k, h, w, n) -> (*, k, C, H, W) in [0, 1], frame by frame likewise."""

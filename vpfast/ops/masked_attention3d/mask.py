@@ -85,6 +85,26 @@ class Mask3d:
                 seen = seen & ((key_axis - query_axis).abs() <= radius)
         return seen
 
+    def pairs(self, grid: Sequence[int]) -> int:
+        """How many pairs of a query and a key that it sees there are in a grid (T, H, W)."""
+        near = [_near(size, radius) for size, radius in zip(grid, self.window or (None,) * 3, strict=True)]
+        frames, frame = grid[0], grid[1] * grid[2]
+        earlier, anywhere = (near[0] - frames) // 2, near[1] * near[2]
+        before, up_to = (anywhere - frame) // 2, (anywhere + frame) // 2
+        return {
+            "raster": earlier * anywhere + frames * up_to,
+            "raster_strict": earlier * anywhere + frames * before,
+            "past_frames": earlier * anywhere,
+            "separable": (earlier + frames) * up_to,
+            "eq6": earlier * before,
+        }[self.name]
+
+
+def _near(size: int, radius: int | None) -> int:
+    """Pairs of places on an axis that are at most ``radius`` apart, each with itself among them."""
+    reach = size - 1 if radius is None else min(radius, size - 1)
+    return size + 2 * sum(size - apart for apart in range(1, reach + 1))
+
 
 def _checked_window(window: Sequence[int | None]) -> Window | None:
     """The window as a tuple; None where no axis has a limit."""
