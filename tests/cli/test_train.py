@@ -69,9 +69,9 @@ def test_every_choice_of_a_model_can_be_given_as_it_is_called(name, tmp_path):
             assert options.parse(args)["model"] == {key: choice}
 
 
+NARROW = {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4}
 SMALL = {
-    "mspn/moving-digits": {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4},
-    "mspn/kth": {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4},
+    **{f"mspn/{name}": NARROW for name in ("moving-digits", "kth", "caltech", "kitti", "table-1", "table-6")},
     "shrvqvae/mnist-3x4": {},
     "shrvqvae/kth-3x8": {},
 }
@@ -137,7 +137,10 @@ def _packaged():
         (["--data.kind", "video-folder"], "data.root: nothing given"),
         (["--data.kind", "video-folder", "--data.root", "/nowhere", "--val_every", "0"], "/nowhere"),
         (["--data.root", "/nowhere"], "/nowhere"),
-        (["--config", "mspn/nothing"], "there are: mspn/kth, mspn/moving-digits, shrvqvae/kth-3x8, shrvqvae/mnist-3x4"),
+        (
+            ["--config", "mspn/nothing"],
+            "there are: mspn/caltech, mspn/kitti, mspn/kth, mspn/moving-digits, mspn/table-1",
+        ),
         (["--horizon", "0"], "horizon: 0 given, must be at least 1"),
         (["--config"], "--config"),
         (["--init", "/nowhere"], "/nowhere"),
