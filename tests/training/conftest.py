@@ -20,23 +20,32 @@ def tiny_codes(tiny):
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, small):
     """Makes a configuration of a few seconds; keyword arguments change it."""
 
     def make(**changes):
-        config = TrainConfig(
-            out=str(tmp_path / "run"),
-            model={"channels": [4, 8], "levels": 1, "hidden_channels": 4},
-            data=DataConfig(size=16, digit_size=8, digits=1, clips=20),
-            context=3,
-            horizon=2,
-            steps=6,
-            batch_size=2,
-            device="cpu",
-            val_every=3,
-            val_clips=3,
-            save_every=2,
-        )
-        return dataclasses.replace(config, **changes)
+        return dataclasses.replace(small(tmp_path), **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Makes the configuration of a few seconds in a folder."""
+    return _small
+
+
+def _small(folder):
+    return TrainConfig(
+        out=str(folder / "run"),
+        model={"channels": [4, 8], "levels": 1, "hidden_channels": 4},
+        data=DataConfig(size=16, digit_size=8, digits=1, clips=20),
+        context=3,
+        horizon=2,
+        steps=6,
+        batch_size=2,
+        device="cpu",
+        val_every=3,
+        val_clips=3,
+        save_every=2,
+    )

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from vpfast._version import __version__
@@ -49,6 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a model of :mod:`vpfast.models`.
+        OSError: there is no room, or no permission.
     """
     description = _describe(model)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
@@ -56,7 +57,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         # The description travels inside the weights too: load() sees when the two files are of two different saves.
-        save_file(state, os.path.join(temporary, WEIGHTS), metadata={"vpfast": json.dumps(description)})
+        data = serialized(state, metadata={"vpfast": json.dumps(description)})
+        Path(temporary, WEIGHTS).write_bytes(data)
         Path(temporary, CONFIG).write_text(json.dumps(description, indent=2) + "\n")
         for name in (WEIGHTS, CONFIG):
             _flush(Path(temporary, name))

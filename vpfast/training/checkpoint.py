@@ -1,9 +1,13 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder ``step-00000500`` that holds the model as :func:`vpfast.models.save` writes it and
-``state.pt``, which is read with ``weights_only=True``: tensors and plain values, nothing that can run code.
+A checkpoint is a folder ``step-00000500`` that holds the model as :func:`vpfast.models.save` writes it, every other
+network as ``NAME.safetensors``, ``state.pt``, which is read with ``weights_only=True``: tensors and plain values,
+nothing that can run code; and ``checkpoint.json``, which tells how far the run is and the SHA-256 of every other file,
+so that damage is seen.
 """
 
+import hashlib
+import io
 import json
 import math
 import random
@@ -12,11 +16,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpfast import models
@@ -24,42 +28,67 @@ from vpfast.models.storage import CONFIG, WEIGHTS
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 from vpfast.training.files import new_folder
 
-_TRAINING = "training.json"
+_TRAINING, _STATE, _PROGRESS = "training.json", "state.pt", "checkpoint.json"
 WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, _TRAINING})
 _NAME = re.compile(r"step-(\d{8})")
 
 M = TypeVar("M", bound=nn.Module)
 
 
+class Stateful(Protocol):
+    """What a checkpoint can hold as a file of tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+
 class Networks(NamedTuple):
-    """The networks of a run: its model, and those that its update trains beside it, by name."""
+    """The networks of a run: its model, and what else has weights, by name."""
 
     model: nn.Module
-    others: Mapping[str, nn.Module] = {}
+    others: Mapping[str, Stateful] = {}
+
+
+class Progress(NamedTuple):
+    """How far a run is. The position in the data follows from ``step``, the steps that it has behind it.
+
+    ``best`` is the least error on the validation clips so far, ``stale`` how many validations have not improved on it.
+    """
+
+    step: int
+    best: float = math.inf
+    stale: int = 0
 
 
 @dataclass
 class State:
-    """What a checkpoint holds beside the weights. The position in the data follows from ``step``.
+    """What a checkpoint holds beside the weights. ``random``: the random state of every process."""
 
-    ``best`` is the least error on the validation clips so far.
-    """
-
-    step: int
+    progress: Progress
     optimizers: dict[str, dict[str, Any]]
     scaler: dict[str, Any]
-    random: dict[str, Any]
-    best: float = math.inf
+    random: list[dict[str, Any]]
 
 
 def save(root: Path, networks: Networks, state: State, config: TrainConfig) -> Path:
-    """Write ``root/step-NNNNNNNN`` and delete all but the last ``config.keep`` checkpoints."""
-    path = root / f"step-{state.step:08d}"
+    """Write ``root/step-NNNNNNNN`` and delete all but the last ``config.keep`` checkpoints.
+
+    Raises:
+        OSError: there is no room, or no permission; then nothing is deleted.
+    """
+    path = root / f"step-{state.progress.step:08d}"
     with new_folder(path, replace=True) as folder:
         write_weights(folder, networks.model, config)
         for name, network in networks.others.items():
-            save_file(_on_cpu(network), folder / _file_of(name))
-        torch.save(vars(state), folder / "state.pt")
+            (folder / _file_of(name)).write_bytes(safetensors.torch.save(_on_cpu(network)))
+        # By way of memory, since torch.save tells of a full disk in its own words.
+        held = io.BytesIO()
+        torch.save({"optimizers": state.optimizers, "scaler": state.scaler, "random": state.random}, held)
+        (folder / _STATE).write_bytes(held.getbuffer())
+        digests = {each.name: _digest(each) for each in sorted(folder.iterdir())}
+        described = {**state.progress._asdict(), "sha256": digests}
+        (folder / _PROGRESS).write_text(json.dumps(described, indent=2) + "\n")
     for old in found(root)[: -config.keep]:
         shutil.rmtree(old)
     return path
@@ -98,7 +127,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def found(root: Path) -> list[Path]:
-    """The whole checkpoints in ``root``, oldest first."""
+    """The checkpoints in ``root``, oldest first. Each was whole when it was written."""
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
@@ -109,6 +138,39 @@ def step_of(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of the checkpoint at ``path``, in words; None where all are as they were written."""
+    try:
+        digests = json.loads((path / _PROGRESS).read_text())["sha256"]
+        for name, digest in digests.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _digest(path / name) != digest:
+                return f"{name} is not what was written"
+        progress_of(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_PROGRESS} cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is none any more."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+
+
+def progress_of(path: Path) -> Progress:
+    """How far the run was at the checkpoint at ``path``.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is damaged.
+    """
+    described = json.loads((path / _PROGRESS).read_text())
+    return Progress(int(described["step"]), float(described["best"]), int(described["stale"]))
+
+
 def load(path: Path, networks: Networks) -> State:
     """Put the weights at ``path`` into ``networks`` and return the rest.
 
@@ -116,23 +178,31 @@ def load(path: Path, networks: Networks) -> State:
         ValueError: a file is missing, damaged, or of another model; the message names the folder.
     """
     try:
-        networks.model.load_state_dict(load_file(path / WEIGHTS))
+        networks.model.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
         for name, network in networks.others.items():
-            network.load_state_dict(load_file(path / _file_of(name)))
-        state = State(**torch.load(path / "state.pt", map_location="cpu", weights_only=True))
+            network.load_state_dict(safetensors.torch.load_file(path / _file_of(name)))
+        rest = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        return State(progress_of(path), **rest)
     except Exception as error:  # safetensors, zipfile, pickle and torch each fail in their own way
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"the checkpoint {path} cannot be read ({reason}); delete it to go on from the one before"
         ) from error
-    return state
+
+
+def _digest(path: Path) -> str:
+    made = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            made.update(part)
+    return made.hexdigest()
 
 
 def _file_of(name: str) -> str:
     return f"{name}.safetensors"
 
 
-def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+def _on_cpu(network: Stateful) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
 
 

@@ -1,27 +1,30 @@
 """One run of the training loop: in one process or many, on any device that Accelerate knows."""
 
-import math
+import errno
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vpfast.training import checkpoint
+from vpfast.training.average import Average
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_folder, write_file
+from vpfast.training.files import clear_up, new_folder, unwritable, write_file
 from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
 from vpfast.training.update import Context
@@ -30,8 +33,12 @@ from vpfast.training.validation import sample, validate
 # What may differ between a run and its continuation without making it another run.
 _FREE = (
     *("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache"),
-    *("tensorboard", "strip_every"),
+    *("patience", "checkpoint_activations", "tensorboard", "strip_every"),
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):  # noqa: N818 - not a failure
@@ -75,16 +82,18 @@ class _Run:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.accelerator.device)
         self.plain = model
-        self.step, self.best = 0, math.inf
-        saved = checkpoint.found(self.out / "checkpoints") if resume else []
+        self.at = checkpoint.Progress(step=0)
+        saved = self._newest() if resume else None
         source = start if config.init is None else Path(config.init)
-        if source is not None and not saved:
+        if source is not None and saved is None:
             start_from(self.recipe, model, source)
         trained = self.recipe.trained(model)
         _freeze_all_but(trained, model)
+        decay = config.optim.ema_decay
+        self.average = None if decay is None else Average(model, trained, decay)
         self.update = self.recipe.update(Context(model, trained, config, self.accelerator, self.recipe))
-        if saved:
-            self._resume(saved[-1])
+        if saved is not None:
+            agreed(self.accelerator, lambda: self._resume(saved))
 
     def _validation_clips(self) -> Dataset[Tensor] | None:
         config = self.config
@@ -95,37 +104,63 @@ class _Run:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self, last: bool) -> Path:
-        config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_file(self.out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        with _signals() as caught, self.log.opened(self.step) as log:
-            started = time.perf_counter()
-            for frames in self._batches():
-                record = self._step(frames)
-                record["seconds"] = round(time.perf_counter() - started, 4)
-                if self._due(config.val_every) and self.val is not None:
-                    record |= self._validate(self.val)
-                log.write(record)
-                if self._due(config.save_every) or self._due(config.steps) or caught:
-                    self._save()
-                if log.wants_strip(self.step):
-                    clips = self.clips if self.val is None else self.val
-                    log.strip(self.step, *sample(self.recipe, self.plain, clips, config, self.accelerator))
-                if caught and self.step < config.steps:
-                    raise Stopped(self.step, caught[0], config.out)
-                started = time.perf_counter()
-        weights = self._finish()
-        if caught and not last:
-            raise Stopped(self.step, caught[0], config.out)
+        try:
+            return self._run(last)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            saved = checkpoint.found(self.out / "checkpoints")
+            kept = f"{saved[-1].name} is kept, and resume goes on from there" if saved else "nothing was saved before"
+            raise OSError(f"{self.out} cannot be written: {error.strerror}; {kept}") from error
+
+    def _run(self, last: bool) -> Path:
+        config = self.config
+        agreed(self.accelerator, self._prepare_folder)
+        with _signals() as caught:
+            with self.log.opened(self.at.step) as log:
+                self._loop(caught, log)
+            with self._averaged():
+                weights = self._write_weights("weights")
+            signum = self._asked(caught)
+        if signum and not last:
+            raise Stopped(self.at.step, signum, config.out)
         return weights
+
+    def _loop(self, caught: list[int], log: RunLog) -> None:
+        config = self.config
+        started = time.perf_counter()
+        for frames in self._batches():
+            record = self._step(frames)
+            record["seconds"] = round(time.perf_counter() - started, 4)
+            if self._due(config.val_every) and self.val is not None:
+                record |= self._validate(self.val)
+            log.write(record)
+            signum, ends = self._asked(caught), ended(self.at, config)
+            if self._due(config.save_every) or ends or signum:
+                self._save()
+            if log.wants_strip(self.at.step):
+                clips = self.clips if self.val is None else self.val
+                with self._averaged():
+                    log.strip(self.at.step, *sample(self.recipe, self.plain, clips, config, self.accelerator))
+            if ends:
+                return
+            if signum:
+                raise Stopped(self.at.step, signum, config.out)
+            started = time.perf_counter()
+
+    def _asked(self, caught: list[int]) -> int:
+        """The signal that asks the run to stop, 0 for none; the same in every process, whichever of them it came to."""
+        mine = caught[0] if caught else 0
+        if self.accelerator.num_processes == 1:
+            return mine
+        return int(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max())
 
     def _batches(self) -> Iterator[Tensor]:
         config, accelerator = self.config, self.accelerator
         batches = StepBatches(
             len(self.clips),  # type: ignore[arg-type]
             config.batch_size * config.optim.accumulate,
-            range(self.step, config.steps),
+            range(self.at.step, self.at.step if ended(self.at, config) else config.steps),
             config.seed,
             accelerator.process_index,
             accelerator.num_processes,
@@ -133,66 +168,138 @@ class _Run:
         yield from loader(self.clips, batches, config.workers, pin=accelerator.device.type == "cuda")
 
     def _step(self, frames: Tensor) -> dict[str, Any]:
-        told = self.update(frames.to(self.accelerator.device, non_blocking=True), self.step)
-        self.step += 1
-        return {"step": self.step, **told, "clips": frames.shape[0] * self.accelerator.num_processes}
+        told = self.update(frames.to(self.accelerator.device, non_blocking=True), self.at.step)
+        self.at = self.at._replace(step=self.at.step + 1)
+        if self.average is not None:
+            self.average.update(self.at.step)
+        return {"step": self.at.step, **told, "clips": frames.shape[0] * self.accelerator.num_processes}
 
     def _validate(self, clips: Dataset[Tensor]) -> dict[str, Any]:
         """What the log tells of the validation clips; the weights are kept where they never did better."""
-        record = validate(self.recipe, self.plain, clips, self.config, self.accelerator)
-        if record["val_mse"] < self.best:
-            self.best = record["val_mse"]
-            self._write_weights("best")
+        with self._averaged():
+            record = validate(self.recipe, self.plain, clips, self.config, self.accelerator)
+            if record["val_mse"] < self.at.best:
+                self.at = self.at._replace(best=record["val_mse"], stale=0)
+                self._write_weights("best")
+            else:
+                self.at = self.at._replace(stale=self.at.stale + 1)
         return record
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In the block the model has the weights that are validated and written in the end."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
     def _due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
+        return bool(every) and (self.at.step % every == 0 or self.at.step == self.config.steps)
 
     # -- what is kept --------------------------------------------------------------------------------------------
 
+    def _prepare_folder(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.out / "checkpoints"):
+            clear_up(folder)
+        for path in checkpoint.found(self.out / "checkpoints"):
+            if checkpoint.step_of(path) > self.at.step:  # passed over for the one that the run goes on from
+                checkpoint.set_aside(path)
+        write_file(self.out / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = checkpoint.State(
-                step=self.step,
-                best=self.best,
-                optimizers={name: optimizer.state_dict() for name, optimizer in self.update.optimizers.items()},
-                scaler=scaler.state_dict() if scaler is not None else {},
-                random=checkpoint.random_state(),
-            )
-            checkpoint.save(self.out / "checkpoints", self._networks(), state, self.config)
-        self.accelerator.wait_for_everyone()
+        scaler = self.accelerator.scaler
+        state = checkpoint.State(
+            progress=self.at,
+            optimizers={name: optimizer.state_dict() for name, optimizer in self.update.optimizers.items()},
+            scaler=scaler.state_dict() if scaler is not None else {},
+            random=gather_object([checkpoint.random_state()]),
+        )
+        self._on_main(lambda: checkpoint.save(self.out / "checkpoints", self._networks(), state, self.config))
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that is whole in every process; None where there is none at all.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        (saved,) = broadcast_object_list([checkpoint.found(self.out / "checkpoints")])
+        for path in reversed(saved):
+            wrong = next(filter(None, gather_object([checkpoint.damage(path)])), None)
+            if wrong is None:
+                whole: Path = path
+                return whole
+            if self.accelerator.is_main_process:
+                print(f"vpfast: the checkpoint {path} is damaged ({wrong}); the one before is taken", file=sys.stderr)
+        if saved:
+            raise ValueError(f"every checkpoint in {saved[-1].parent} is damaged; without them the run starts anew")
+        return None
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.load(path, self._networks())
-        if state.step > self.config.steps:
-            raise ValueError(f"steps: {self.config.steps} given, but {self.out} has {state.step} behind it already")
+        if state.progress.step > self.config.steps:
+            raise ValueError(
+                f"steps: {self.config.steps} given, but {self.out} has {state.progress.step} behind it already"
+            )
         for name, optimizer in self.update.optimizers.items():
             optimizer.load_state_dict(state.optimizers[name])
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        checkpoint.restore_random_state(state.random)
-        self.step, self.best = state.step, state.best
+        place = self.accelerator.process_index
+        checkpoint.restore_random_state(state.random[place if place < len(state.random) else 0])
+        self.at = state.progress
 
     def _networks(self) -> checkpoint.Networks:
-        return checkpoint.Networks(self.plain, self.update.modules)
-
-    def _finish(self) -> Path:
-        return self._write_weights("weights")
+        averages = {} if self.average is None else {"average": self.average}
+        return checkpoint.Networks(self.plain, {**self.update.modules, **averages})
 
     def _write_weights(self, name: str) -> Path:
-        if self.accelerator.is_main_process:
+        def write() -> None:
             with new_folder(self.out / name, replace=True) as folder:
                 checkpoint.write_weights(folder, self.plain, self.config)
-        self.accelerator.wait_for_everyone()
+
+        self._on_main(write)
         return self.out / name
+
+    def _on_main(self, work: Callable[[], object]) -> None:
+        """Do it in the main process; where it fails every process fails, and none waits for ever."""
+        agreed(self.accelerator, work if self.accelerator.is_main_process else lambda: None)
+
+
+def ended(at: checkpoint.Progress, config: TrainConfig) -> bool:
+    """Whether a run that is so far has no step to go."""
+    return at.step >= config.steps or (config.patience is not None and at.stale >= config.patience)
+
+
+def agreed(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do ``work`` in every process; where it fails in one it fails in all of them, so that none waits for another.
+
+    Raises:
+        OSError: it failed elsewhere. Where it failed, what was raised.
+    """
+    error: Exception | None = None
+    try:
+        done = work()
+    except Exception as raised:
+        error = raised
+    failures = [each for each in gather_object([error and " ".join(str(error).split())]) if each]
+    if error is not None:
+        raise error
+    if failures:
+        raise OSError(f"another process failed: {failures[0]}")
+    return done
 
 
 def accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one."""
+    """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one.
+
+    Raises:
+        ValueError: a precision that the device does not have.
+    """
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {"fp32": "no"}.get(config.precision, config.precision)
-    return Accelerator(mixed_precision=precision, cpu=pick_device(config.device).type == "cpu")
+    cpu = pick_device(config.device).type == "cpu"
+    if cpu and config.precision == "fp16":  # Accelerate would compute in float32 and not say so
+        raise ValueError("precision: 'fp16' given, must be 'fp32' or 'bf16' on the CPU")
+    return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _freeze_all_but(trained: Sequence[nn.Module], model: nn.Module) -> None:
@@ -205,6 +312,8 @@ def check_folder(out: Path, resume: bool) -> None:
     """Raise ValueError where a run cannot begin in the folder ``out`` or, with ``resume``, go on there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, must be a folder")
+    if (reason := unwritable(out)) is not None:
+        raise ValueError(f"out: {out} {reason}")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out: {out} is not empty; --resume goes on with the run there, or choose another folder")
 

@@ -84,6 +84,27 @@ def _swap(draft: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
+def clear_up(folder: Path) -> None:
+    """Undo in ``folder`` what was under way when a process was killed: drafts go, and what had stepped aside for a
+    draft that never came returns."""
+    for aside in folder.glob(".*.old"):
+        for old in aside.iterdir():
+            if not (folder / old.name).exists():
+                old.rename(folder / old.name)
+        shutil.rmtree(aside)
+    for draft in folder.glob(".*.partial"):
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
+
+
+def unwritable(path: Path) -> str | None:
+    """Why nothing can be written to the folder ``path``, made where it is missing, as the end of a sentence."""
+    place = next(folder for folder in (_absolute(path), *_absolute(path).parents) if folder.exists())
+    return None if os.access(place, os.W_OK | os.X_OK) else f"cannot be written: no permission to write in {place}"
+
+
 def flush(folder: Path) -> None:
     """Force every file in ``folder``, and the folder itself, to the disk."""
     for path in folder.rglob("*"):

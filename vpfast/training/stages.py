@@ -174,8 +174,13 @@ def _check_unchanged(runs: Mapping[str, TrainConfig], out: Path) -> None:
     for stage, config in runs.items():
         saved = checkpoint.found(out / stage / "checkpoints")
         after = [each for each in stages[stages.index(stage) + 1 :] if (out / each).exists()]
-        if saved and after and checkpoint.step_of(saved[-1]) < config.steps:
+        if saved and after and not _ended(saved[-1], config):
             raise ValueError(
                 f"stages.{stage}.steps: {config.steps} given, but stage {after[0]!r} in {out} started after "
                 f"{checkpoint.step_of(saved[-1])}; resume with that, or choose another out"
             )
+
+
+def _ended(path: Path, config: TrainConfig) -> bool:
+    """Whether the run of the checkpoint at ``path`` has no step to go; a damaged one is looked at when it is loaded."""
+    return checkpoint.damage(path) is not None or engine.ended(checkpoint.progress_of(path), config)
