@@ -141,6 +141,14 @@ def test_turns_are_saved():
         assert turns.after(1.0, predicted) == other.after(1.0, predicted)
 
 
+def moved_down(network, start, other, rate):
+    """``network`` has the gradients of ``other``, and every parameter has gone one step of Adam against its own."""
+    for (name, parameter), expected in zip(network.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
+        step = -rate * parameter.grad / (parameter.grad.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach() - start[name], step, rtol=1e-3, atol=1e-7)
+
+
 # -- updates ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,13 +162,13 @@ def test_the_discriminators_update_by_hand(context, frames):
         predictions = made.model(frames[:, :3], horizon=2).predictions[0]
     loss = discriminator_loss(judge(frames[:, 2:]), judge(predictions[:, 2:]))
     loss.backward()
-    torch.optim.Adam(judge.parameters(), 1e-3).step()
+    start = copies(update.discriminator)[0]
     told = update(frames, 0)
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert told["generator"] == 0
     assert same(made.model.state_dict(), before)
-    for name, value in judge.state_dict().items():
-        torch.testing.assert_close(update.discriminator.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    moved_down(update.discriminator, start, judge, 1e-3)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
 def test_the_generators_update_by_hand(context, frames):
@@ -175,13 +183,12 @@ def test_the_generators_update_by_hand(context, frames):
     pixel, scores = pixel_loss(output, frames), judge(output.predictions[0][:, 2:])
     loss = pixel + 2.0 * (scores - 1).square().mean()
     loss.backward()
-    torch.optim.Adam(model.parameters(), 1e-3).step()
+    start = copies(made.model)[0]
     told = update(frames, 0)
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert (told["pixel"], told["generator"]) == (pytest.approx(pixel.item(), rel=1e-5), 1)
     assert same(update.discriminator.state_dict(), before)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(made.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    moved_down(made.model, start, model, 1e-3)
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(context, frames):
@@ -210,17 +217,16 @@ def test_learning_rates_fall_together(context, frames):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"channels_last": False}])
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "channels_last": False}])
 def test_resuming_amid_a_turn_continues_bit_for_bit(tiny, monkeypatch, tmp_path, changes):
-    whole = tiny(out=str(tmp_path / "whole"), adversarial=SMALL, steps=12, val_every=0, save_every=0, **changes)
+    whole = tiny(out=str(tmp_path / "whole"), adversarial=SMALL, steps=10, val_every=0, save_every=0, **changes)
     train(whole, progress=False)
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
-    for at in (3, 6):
-        with monkeypatch.context() as patch:
-            stop_at(patch, at)
-            with pytest.raises(Stopped):
-                train(broken, resume=at > 3, progress=False)
-        torch.manual_seed(999)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            train(broken, progress=False)
+    torch.manual_seed(999)
     train(broken, resume=True, progress=False)
     assert log(whole.out) == log(broken.out)
     last = [checkpoint.found(Path(run.out) / "checkpoints")[-1] for run in (whole, broken)]
@@ -244,7 +250,7 @@ def stop_at(monkeypatch, step):
 
 def test_a_cap_that_strikes_is_told(tiny, capsys):
     train(
-        tiny(adversarial=dataclasses.replace(SMALL, lr=1e-12, upper_tolerance=0.9, lower_tolerance=0.99, cap=2)),
+        tiny(adversarial=dataclasses.replace(SMALL, upper_tolerance=1e3, lower_tolerance=1e4, cap=2)),
         progress=False,
     )
     said = capsys.readouterr().err

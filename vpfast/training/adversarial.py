@@ -97,9 +97,11 @@ class AdversarialUpdate:
     """One update of the discriminator or of the generator, whoever's turn it is.
 
     Both score frames ``config.adversarial.first_frame`` and later ones of a clip. While one learns the other is in
-    evaluation mode. What the log tells beside the loss that is minimised: ``generator``, 1 where the update was its
-    own, and then the ``pixel`` and ``adversarial`` parts of its loss (Eq. 8); ``real_score`` and ``predicted_score``, Rs
-    and Ps; ``lower`` and ``upper``, Rs - c2 and Rs - c1; ``turn_ends``, and ``capped`` where the cap ended it.
+    evaluation mode. What the log tells beside the loss that is minimised:
+
+    - ``generator``: 1 where it was the generator's update, and then ``pixel`` and ``adversarial``, the parts of Eq. 8;
+    - ``real_score`` and ``predicted_score``: Rs and Ps; ``lower`` and ``upper``: Rs - c2 and Rs - c1;
+    - ``turn_ends``: 1 where the turn ends with this update; ``capped``: 1 where the cap ended it.
     """
 
     def __init__(self, context: Context) -> None:

@@ -21,16 +21,14 @@ def unrolled(model: nn.Module, frames: Tensor, config: TrainConfig, step: int) -
     ``config.horizon`` frames by a draw of its own; ``none`` hides none. Draws follow from (seed, step) alone: they are
     the same in every process, and after a resume.
     """
-    feedback = config.loss.feedback
-    if feedback == "scheduled":
-        output: MSPNOutput = model(
-            frames, 0, "attached", seen=frames_seen(config, step), recompute=config.checkpoint_activations
-        )
-        return output
-    fed_back = frames_fed_back(config, step)
-    seen = frames[:, : frames.shape[1] - fed_back]
-    how = "detached" if feedback == "detached" else "attached"
-    output = model(seen, horizon=fed_back, feedback=how, recompute=config.checkpoint_activations)
+    hidden = frames_fed_back(config, step)
+    output: MSPNOutput = model(
+        frames[:, : frames.shape[1] - hidden],
+        horizon=hidden,
+        feedback="detached" if config.loss.feedback == "detached" else "attached",
+        seen=frames_seen(config, step) if config.loss.feedback == "scheduled" else None,
+        recompute=config.checkpoint_activations,
+    )
     return output
 
 
