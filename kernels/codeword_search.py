@@ -5,8 +5,8 @@ vectors that the scan was not sure of (codeword_search_scan.py). Vectors of floa
 vectors take a sort and two launches a layer collected: of a tree the leaves alone (codeword_search_sums.py).
 
 Bytes a vector of s each: 2 D s + 8 n for a search; z and indices once more for statistics; 3 D s + 8 n for the gradient
-of z. Operations: n M (2 D + 2). Memory beside inputs and outputs: copies of the codebooks, and 8 bytes a vector in a
-search, up to 50 in training, where the sort is.
+of z. Operations: n M (2 D + 2). Memory beside inputs and outputs: copies of the codebooks, 8 bytes a vector in a
+search, and in training 16 beside what a sort takes.
 
 Which sizes a launch takes is a function of the problem alone, so that results are repeatable and nothing is measured at
 a first call.
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton._utils import canonicalize_dtype
 
 from vpfast.kernels._ahead_of_time import Compilation
 from vpfast.kernels.codeword_search_scan import (
@@ -73,9 +72,17 @@ class _Books(NamedTuple):
         return values.narrow(0, self.first_row(layer), self.sizes[layer])
 
 
-def _books(codebooks: Sequence[Tensor], dtype: torch.dtype, strict_tree: bool) -> _Books:
-    sizes = tuple(len(codebook) for codebook in codebooks)
+def _books(codebooks: Sequence[Tensor], z_type: torch.dtype, strict_tree: bool) -> _Books:
+    """Checked, for nothing to be read out of bounds: the public function has told the user what is wrong."""
+    if not 1 <= len(codebooks) <= 16:
+        raise RuntimeError(f"codeword_search: 1 to 16 codebooks, got {len(codebooks)}")
+    dtype = _working(z_type)
+    if codebooks[0].dtype not in (z_type, dtype):
+        raise RuntimeError("codeword_search: codebooks must have the type of z, or float32 beside half precision")
     M, D = codebooks[0].shape
+    sizes = tuple(M ** (layer + 1) if strict_tree else M for layer in range(len(codebooks)))
+    for layer, (codebook, size) in enumerate(zip(codebooks, sizes, strict=True), 1):
+        _check(f"layer {layer} of codebooks", codebook, codebooks[0].dtype, size, D)
     return _Books(_in_one(codebooks).to(dtype), sizes, D, M, strict_tree and len(sizes) > 1)
 
 
@@ -91,9 +98,23 @@ def _in_one(codebooks: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise RuntimeError(f"codeword_search: {name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+
+
 def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 _would_launch: list[Compilation] = []
 """What `ahead_of_time` reads: the launches that tensors on the meta device came to."""
@@ -123,7 +144,7 @@ def _compilation(
     divisible = []
     for name, argument in zip(kernel.arg_names, arguments, strict=False):
         if isinstance(argument, Tensor):
-            signature[name] = "*" + canonicalize_dtype(argument.dtype)
+            signature[name] = "*" + _TYPES[argument.dtype]
         elif name in UNSPECIALIZED or argument != 1:
             signature[name] = "i32" if argument < 2**31 else "i64"
         else:
@@ -159,8 +180,9 @@ def _few_codewords(books: _Books) -> bool:
 
 
 def _processors(device: torch.device) -> int:
+    """Of a GPU that is not here those of an H100 or H200."""
     if device.type != "cuda":
-        return 2
+        return 132
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
@@ -237,7 +259,7 @@ def _scan_by_tile(
     unsure: Tensor,
 ) -> None:
     processors, layered = _processors(z.device), books.layers > 1
-    vectors = 64 if len(z) >= 64 * processors else 32
+    vectors = 64 if len(z) >= 64 * processors else 32  # with fewer all processors have some
     programs = _cdiv(len(z), vectors)
     if layered:  # as many as run at a time, as each has memory of its own
         programs = min(programs, 2 * processors)
@@ -253,8 +275,8 @@ def _scan_by_tile(
         TILES=_pow2(tiles),
         VECTORS=vectors,
         CODES=64,
-        BD=16,
-        num_warps=4,
+        BD=16,  # what a product takes at least: a thread holds this much of four vectors and four codewords
+        num_warps=vectors // 8,
     )
 
 
@@ -266,7 +288,7 @@ def _decide(z: Tensor, books: _Books, quantized: Tensor, indices: Tensor, unsure
     """Of the vectors that are listed, or of all. Listed ones are few: where codebooks are large, one at a time with
     many codewords, so that no program lasts long."""
     one = unsure is not None and not _few_codewords(books)
-    sizes = _tile(books, 8192 if one else 4096, 1 if one else 16)
+    sizes = _tile(books, 4096, 1 if one else 16)
     _launch(
         decide,
         (min(_DECIDING, _cdiv(len(z), sizes["VECTORS"])),),
@@ -277,7 +299,7 @@ def _decide(z: Tensor, books: _Books, quantized: Tensor, indices: Tensor, unsure
         DENSE=_is_dense(z),
         STRICT=books.strict_tree,
         ALL=unsure is None,
-        num_warps=_warps(*sizes.values()),
+        num_warps=8 if one else _warps(*sizes.values()),
     )
 
 
@@ -325,7 +347,7 @@ def _collect(
     sums = table.new_empty((chunks, books.D))
     counts = indices.new_empty(chunks if measured else 0, dtype=torch.int32)
     errors = table.new_empty((chunks if measured else 0, books.layers if books.strict_tree else 1))
-    group = max(1, 4096 // (length * BD))
+    group = max(1, 16384 // (length * BD * table.itemsize))
     _launch(
         collect,
         (_cdiv(chunks, group),),
@@ -338,12 +360,12 @@ def _collect(
         GROUP=group,
         LENGTH=length,
         BD=BD,
-        num_warps=_warps(group, length, BD),
+        num_warps=4 if BD <= 128 else 8,
     )
     row_sums = sums.new_empty((rows, books.D), dtype=torch.float64)
     row_counts = sums.new_empty(rows if measured else 0, dtype=torch.float64)
     columns = min(BD, 64)
-    together = max(1, 4096 // (32 * columns))
+    together = max(1, 2048 // (16 * columns))
     _launch(
         add_chunks,
         (_cdiv(rows, together), _cdiv(books.D, columns)),
@@ -351,7 +373,7 @@ def _collect(
         D=books.D,
         COUNTED=measured,
         GROUP=together,
-        LENGTH=32,
+        LENGTH=16,
         BD=columns,
     )
     return _Sums(row_sums, row_counts, errors.sum(0, dtype=torch.float64))
@@ -405,7 +427,7 @@ def _pull_vectors(
     z: Tensor, grad: Tensor | None, indices: Tensor, books: _Books, weights: Tensor, grad_z: Tensor
 ) -> None:
     given, BD = z if grad is None else grad, _pow2(books.D)
-    vectors = max(1, min(256, 2048 // BD))
+    vectors = max(1, min(256, 1024 // BD))
     _launch(
         pull_vectors,
         (_cdiv(len(z), vectors),),
@@ -426,14 +448,14 @@ def _pull_vectors(
 
 def codeword_search(z: Tensor, codebooks: list[Tensor], strict_tree: bool) -> tuple[Tensor, Tensor]:
     """(N, D) vectors -> quantized (N, D) and codes (N, n) int64."""
-    return _search(z, _books(codebooks, _working(z.dtype), strict_tree))
+    return _search(z, _books(codebooks, z.dtype, strict_tree))
 
 
 def codeword_search_train(
     z: Tensor, codebooks: list[Tensor], strict_tree: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The search, with the errors (n,), and counts (R,) and sums (R, D) of the residuals that chose a codeword."""
-    books = _books(codebooks, _working(z.dtype), strict_tree)
+    books = _books(codebooks, z.dtype, strict_tree)
     quantized, indices = _search(z, books)
     table, rows = books.table, len(books.table)
     if not len(z):
@@ -457,9 +479,11 @@ def codeword_search_backward(
     grad_quantized: Tensor, indices: Tensor, codebooks: list[Tensor], strict_tree: bool
 ) -> list[Tensor]:
     """The gradient of the sum of the chosen codewords, one tensor a codebook."""
+    books = _books(codebooks, grad_quantized.dtype, strict_tree)
+    _check("grad_quantized", grad_quantized, grad_quantized.dtype, len(grad_quantized), books.D)
+    _check("indices", indices, torch.int64, len(grad_quantized), books.layers)
     if not len(indices):
         return [codebook.new_zeros(codebook.shape) for codebook in codebooks]
-    books = _books(codebooks, _working(grad_quantized.dtype), strict_tree)
     indices = indices.contiguous()
     gradients = [codebook.new_empty(codebook.shape) for codebook in codebooks]
     if books.strict_tree:
@@ -484,9 +508,19 @@ def codeword_search_train_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """grad_z (N, D) and the gradient of each codebook: weighted sums of residuals, see README.md of the operator."""
     grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
+    books = _books(codebooks, z.dtype, strict_tree)
+    dtype, rows, layers = books.table.dtype, len(books.table), books.layers
+    for name, tensor, of_type, *shape in (
+        ("grad_quantized", z if grad_quantized is None else grad_quantized, z.dtype, len(z), books.D),
+        ("weights_z", weights_z, dtype, layers),
+        ("weights_codebooks", weights_codebooks, dtype, layers, layers),
+        ("indices", indices, torch.int64, len(z), layers),
+        ("counts", counts, dtype, rows),
+        ("sums", sums, dtype, rows, books.D),
+    ):
+        _check(name, tensor, of_type, *shape)
     if not len(z):
         return grad_z, [codebook.new_zeros(codebook.shape) for codebook in codebooks]
-    books = _books(codebooks, _working(z.dtype), strict_tree)
     indices, weights_z, weights_codebooks = (t.contiguous() for t in (indices, weights_z, weights_codebooks))
     _pull_vectors(z, grad_quantized, indices, books, weights_z, grad_z)
     gradients = [codebook.new_empty(codebook.shape) for codebook in codebooks]
@@ -500,40 +534,36 @@ def codeword_search_train_backward(
 
 # --- what is compiled with no GPU -------------------------------------------------------------------------------------
 
-_KTH = (8, 8, 3, True)
-_PROBLEMS = [  # types of z and codebooks, D, M, layers, strict_tree
-    (torch.float32, torch.float32, *_KTH),
-    (torch.bfloat16, torch.float32, *_KTH),
-    (torch.float16, torch.float16, *_KTH),
-    (torch.float64, torch.float64, *_KTH),
-    (torch.float32, torch.float32, 4, 4, 3, True),
-    (torch.float32, torch.float32, 8, 2, 9, True),
-    (torch.float32, torch.float32, 64, 64, 2, True),
-    (torch.float32, torch.float32, 8, 512, 1, True),
-    (torch.bfloat16, torch.bfloat16, 64, 8192, 1, True),
-    (torch.float32, torch.float32, 512, 65536, 1, True),
-    (torch.float32, torch.float32, 128, 1024, 8, False),
-    (torch.float64, torch.float64, 512, 1024, 4, False),
+_PROBLEMS = [  # types of z and codebooks, vectors, D, M, layers, strict_tree
+    (torch.float32, torch.float32, 2**17, 8, 8, 3, True),
+    (torch.bfloat16, torch.float32, 2**17, 8, 8, 3, True),
+    (torch.float16, torch.float16, 2**17, 4, 4, 3, True),
+    (torch.float64, torch.float64, 2**17, 8, 8, 3, True),
+    (torch.float32, torch.float32, 2**17, 64, 64, 2, True),
+    (torch.float32, torch.float32, 2**17, 8, 512, 1, True),
+    (torch.bfloat16, torch.bfloat16, 2**17, 64, 8192, 1, True),
+    (torch.float32, torch.float32, 2**11, 512, 65536, 1, True),
+    (torch.float32, torch.float32, 2**17, 128, 1024, 8, False),
 ]
 
 
 def ahead_of_time() -> Iterator[Compilation]:
     """Every kernel as these problems launch it."""
     seen = []
-    for z_type, type_, D, M, layers, strict_tree in _PROBLEMS:
+    for z_type, type_, N, D, M, layers, strict_tree in _PROBLEMS:
         _would_launch.clear()
-        z = torch.empty((2**17, D), device="meta", dtype=z_type)
+        z = torch.empty((N, D), device="meta", dtype=z_type)
         sizes = [M ** (layer + 1) if strict_tree else M for layer in range(layers)]
         codebooks = [torch.empty((size, D), device="meta", dtype=type_) for size in sizes]
         _, indices, errors, counts, sums = codeword_search_train(z, codebooks, strict_tree)
         codeword_search_backward(z, indices, codebooks, strict_tree)
         weights = errors, errors.expand(layers, layers)
         codeword_search_train_backward(z, *weights, z, indices, codebooks, counts, sums, strict_tree)
-        kinds = f"{canonicalize_dtype(z_type)} beside {canonicalize_dtype(type_)}"
-        problem = (
-            f"{kinds}, D = {D}, {f'{layers} layers of ' if layers > 1 else ''}{M}{', tree' if strict_tree else ''}"
-        )
+        types = f"{_TYPES[z_type]} beside {_TYPES[type_]}"
+        form = f"{f'{layers} layers of ' if layers > 1 else ''}{M}{', tree' if strict_tree and layers > 1 else ''}"
         for compilation in _would_launch:
             if compilation not in seen:
                 seen.append(compilation)
-                yield compilation._replace(name=f"{compilation.kernel.__name__}, {problem}")
+                told = [f"{k} {v}" for k, v in compilation.constexprs.items() if k in ("KIND", "CHILDREN", "COUNTED")]
+                kernel = " ".join((compilation.kernel.__name__, *told)).lower()
+                yield compilation._replace(name=f"{kernel}, {types}, D = {D}, {form}")

@@ -260,9 +260,9 @@ def scan_by_tile(
         length = tl.sqrt(squares) * 1.0001
         sure = inside
         for layer in range(0, layers):
-            best = tl.full([VECTORS, CODES], float("-inf"), tl.float32)
-            second = tl.full([VECTORS, CODES], float("-inf"), tl.float32)
-            found = tl.zeros([VECTORS, CODES], tl.int32)
+            best = tl.full([VECTORS], float("-inf"), tl.float32)
+            second = tl.full([VECTORS], float("-inf"), tl.float32)
+            code = tl.zeros([VECTORS], tl.int32)
             row = tl.zeros([], tl.int64) + layer * M
             book = table + row * D
             for first in range(0, M, CODES):
@@ -282,18 +282,16 @@ def scan_by_tile(
                 bias = tl.load(biases + row + k, mask=k < M, other=float("-inf"))
                 score += bias[None, :]
                 score = tl.where(score > float("-inf"), score, float("-inf"))  # NaN never wins
-                second = tl.maximum(second, tl.minimum(best, score))
-                found = tl.where(score > best, k[None, :], found)
-                best = tl.maximum(best, score)
-            top, place, runner_up = _two_best(best, CODES)
-            runner_up = tl.maximum(runner_up, tl.max(second, 1))
-            code = tl.sum(tl.where(lane[None, :] == place[:, None], found, 0), 1)
+                top, place, runner_up = _two_best(score, CODES)
+                second = tl.maximum(tl.maximum(second, runner_up), tl.minimum(best, top))
+                code = tl.where(top > best, first + place, code)
+                best = tl.maximum(best, top)
             t = tl.arange(0, TILES)[None, :]
             entry = lengths + (layer * tiles + t) * 2
             longest = tl.max(tl.load(entry, mask=t < tiles, other=0), 1)
             shortest = tl.min(tl.load(entry + 1, mask=t < tiles, other=float("inf")), 1)
             reach = _reach(length, longest, shortest)
-            sure = sure & (top - runner_up > _margin(D, layer, length, longest, reach))
+            sure = sure & (best - second > _margin(D, layer, length, longest, reach))
             length += reach
             code = tl.where(finite, code, 0)
             tl.store(indices + vector * layers + layer, code.to(tl.int64), mask=inside)
