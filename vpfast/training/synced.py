@@ -34,8 +34,8 @@ class SyncedStandardise(Standardise):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() * dist.get_world_size()
-        centred = x - _Sum.apply(x.sum()) / count
-        variance = _Sum.apply(centred.square().sum()) / (count - 1)
+        centred = x - _summed(x.sum()) / count
+        variance = _summed(centred.square().sum()) / (count - 1)
         return self.scaled(centred, variance.sqrt())
 
 
@@ -47,9 +47,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
         wide = x.float()
-        mean = _Sum.apply(wide.sum(dim=(0, 2, 3))) / count
+        mean = _summed(wide.sum(dim=(0, 2, 3))) / count
         centred = wide - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = _summed(centred.square().sum(dim=(0, 2, 3))) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1))
         scale = torch.rsqrt(variance + self.eps) * self.weight
         made: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
@@ -64,6 +64,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
+
+
+def _summed(x: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _Sum(torch.autograd.Function):
