@@ -3,12 +3,11 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -198,28 +197,21 @@ def test_a_signal_while_validating_or_saving_waits_its_turn(tiny, trained, monke
     assert same(weights(train(tiny(), resume=True, progress=False)), weights(Path(trained.out) / "weights"))
 
 
-WORKER = """
-import sys, yaml
-from vpfast.training import TrainConfig, train
-from vpfast.training.config import from_dict
-train(from_dict(TrainConfig, yaml.safe_load(open(sys.argv[1]))), resume=True, progress=False)
-"""
-
-
-def killed_again_and_again(config, folder, kills, seed):
+def killed_again_and_again(config, kills, seed):
     """Train in processes that are killed at random moments; -> the finished weights, and how far each process got."""
-    path = Path(folder) / "config.yaml"
-    path.write_text(yaml.safe_dump(to_dict(config)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vpfast.training.engine"])
     draws, steps = random.Random(seed), []
     while True:
-        process = subprocess.Popen([sys.executable, "-c", WORKER, str(path)], stderr=subprocess.PIPE)
+        process = context.Process(target=train, args=(config, True, False))
+        process.start()
         if len(steps) < kills and reached(Path(config.out), process, draws.uniform(0.0, 0.4)):
             process.kill()
-            process.communicate()
+            process.join()
             steps.append([checkpoint.step_of(each) for each in saved(config)][-1:])
             continue
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err.decode()
+        process.join(timeout=300)
+        assert process.exitcode == 0
         return Path(config.out) / "weights", steps
 
 
@@ -229,22 +221,22 @@ def reached(out, process, seconds):
     before = log.stat().st_mtime_ns if log.exists() else 0
     patience = time.monotonic() + 300
     while not log.exists() or log.stat().st_mtime_ns == before:
-        if process.poll() is not None:
+        if not process.is_alive():
             return False
         assert time.monotonic() < patience
         time.sleep(0.005)
     time.sleep(seconds)
-    return process.poll() is None
+    return process.is_alive()
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_the_same(tiny, tmp_path):
     """A checkpoint every step, averages and validations included."""
     optim = OptimConfig(schedule="cosine", warmup=2, ema_decay=0.9)
-    config = tiny(out=str(tmp_path / "killed"), steps=60, save_every=1, val_every=7, optim=optim)
-    finished, steps = killed_again_and_again(config, tmp_path, kills=3, seed=1)
+    config = tiny(out=str(tmp_path / "killed"), steps=40, save_every=1, val_every=7, optim=optim)
+    finished, steps = killed_again_and_again(config, kills=3, seed=1)
     assert len(steps) == 3
-    whole = train(tiny(out=str(tmp_path / "whole"), steps=60, save_every=0, val_every=7, optim=optim), progress=False)
+    whole = train(tiny(out=str(tmp_path / "whole"), steps=40, save_every=0, val_every=7, optim=optim), progress=False)
     assert same(weights(finished), weights(whole))
     assert same(weights(finished.parent / "best"), weights(whole.parent / "best"))
     logged = [json.loads(line)["step"] for line in (finished.parent / "log.jsonl").read_text().splitlines()]
-    assert logged == list(range(1, 61))
+    assert logged == list(range(1, 41))

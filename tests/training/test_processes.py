@@ -1,0 +1,198 @@
+"""Several processes: together they are one with a larger batch, and none waits for one that failed.
+
+All of it in one pair of processes, which take longer to start than to work.
+"""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from vpfast.training import AdversarialConfig, LossConfig, OptimConfig, Stopped, checkpoint, engine, train
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
+
+RANKS = 2
+STAGES = ("autoencoder", "prior", "joint")
+STAGED = {
+    **{"name": "shrvqvae", "preset": "mnist-3x4", "channels": [4, 4], "residual_channels": 4, "prior_channels": 8},
+    **{"prior_blocks": 1, "prior_attention_every": 1, "prior_heads": 2, "prior_head_dim": 4, "prior_ffn": 8},
+    **{"prior_head": 8, "dead_codes": "ignore"},
+}
+ADVERSARY = AdversarialConfig(enabled=True, channels=(4, 4), first_frame=1, cap=2, lr=1e-3)
+OPTIM = OptimConfig(lr=1e-3, clip_norm=1.0, ema_decay=0.9)
+
+# Together the same clips a step: of one process the batch is doubled.
+ALIKE = {
+    "pixel": {"optim": OPTIM},
+    "norms": {"optim": OPTIM, "loss": LossConfig(norm="l2")},
+    "mean": {"optim": OPTIM, "loss": LossConfig(norm="mse", feedback="random", feedback_range=(1, 2))},
+    "parts": {"optim": dataclasses.replace(OPTIM, accumulate=2), "checkpoint_activations": True},
+    "adversarial": {"optim": OptimConfig(lr=1e-3), "adversarial": ADVERSARY},
+    "gradient": {"model": STAGED, "optim": OPTIM},
+    "ema": {"model": {**STAGED, "codebook_update": "ema"}, "optim": OPTIM},
+    "sum": {"model": {**STAGED, "loss_reduction": "sum"}, "optim": OptimConfig(lr=1e-3)},
+}
+
+
+def work(rank, port, base, answers):
+    """What one of the processes does: every run of ``ALIKE``, then everything that can go wrong in one process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    folder = Path(base.out)
+    for name, changes in ALIKE.items():
+        train(dataclasses.replace(base, out=str(folder / name), **changes), progress=False)
+    told = {}
+    for scenario in (resumed, signalled, unsaved, unreadable, damaged):
+        told[scenario.__name__] = scenario(rank, dataclasses.replace(base, out=str(folder / scenario.__name__)))
+    Path(answers, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def resumed(rank, config):
+    train(dataclasses.replace(config, steps=2), progress=False)
+    train(config, resume=True, progress=False)
+    return ""
+
+
+def failing(module, name, instead, config, resume=False):
+    """How a run ends in which that function is another one."""
+    real = getattr(module, name)
+    setattr(module, name, lambda *args: instead(real, *args))
+    try:
+        train(config, resume=resume, progress=False)
+    except (Stopped, OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        setattr(module, name, real)
+    return "it went through"
+
+
+def signalled(rank, config):
+    """One process is asked to stop, at step 2."""
+
+    def validate(real, *args):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    return failing(engine, "validate", validate, dataclasses.replace(config, val_every=2))
+
+
+def unsaved(rank, config):
+    """The disk is full, where one process sees it."""
+
+    def save(real, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return failing(checkpoint, "save", save, config)
+
+
+def unreadable(rank, config):
+    """One process cannot load."""
+
+    def load(real, *args):
+        if rank == 1:
+            raise ValueError("no such luck")
+        return real(*args)
+
+    train(dataclasses.replace(config, steps=2), progress=False)
+    return failing(checkpoint, "load", load, config, resume=True)
+
+
+def damaged(rank, config):
+    """One process finds the newest checkpoint damaged, and so both take the one before."""
+    train(dataclasses.replace(config, save_every=2), progress=False)
+
+    def damage(real, path):
+        return "it is strange" if rank == 1 and checkpoint.step_of(path) == 4 else real(path)
+
+    return failing(checkpoint, "damage", damage, config, resume=True)
+
+
+@pytest.fixture(scope="module")
+def together(small, tmp_path_factory):
+    """The folder of all runs of two processes, and what each process told."""
+    folder = tmp_path_factory.mktemp("together")
+    base = dataclasses.replace(small(folder), out=str(folder), steps=4, val_every=4, save_every=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vpfast.training.engine"])
+    processes = [context.Process(target=work, args=(rank, port, base, str(folder))) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    ends = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert ends == [0, 0]
+    return base, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_two_processes_are_one_with_the_doubled_batch(together, tmp_path, name):
+    """Every number of the log, to 1e-5 of it: losses, scores, what validation found."""
+    base, _ = together
+    train(
+        dataclasses.replace(base, out=str(tmp_path / "one"), batch_size=RANKS * base.batch_size, **ALIKE[name]),
+        progress=False,
+    )
+    runs = STAGES if "model" in ALIKE[name] else ("",)
+    for run in runs:
+        one, two = log(tmp_path / "one" / run), log(Path(base.out) / name / run)
+        assert len(one) == len(two) == base.steps
+        for alone, both in zip(one, two, strict=True):
+            assert flat(both) == pytest.approx(flat(alone), rel=1e-5)
+
+
+def flat(record):
+    return {
+        f"{key}/{name}": number
+        for key, value in record.items()
+        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def test_two_processes_go_on_bit_for_bit(together):
+    base, _ = together
+    whole, resumed = (Path(base.out) / name / "weights" for name in ("damaged", "resumed"))
+    one, other = weights(whole), weights(resumed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(together):
+    _, told = together
+    assert [each["signalled"].partition(";")[0] for each in told] == ["Stopped: stopped by SIGTERM after step 2"] * 2
+
+
+def test_no_process_waits_for_one_that_failed(together):
+    base, (first, second) = together
+    assert "cannot be written: No space left on device; nothing was saved before" in first["unsaved"]
+    assert second["unsaved"] == "OSError: another process failed: [Errno 28] No space left on device"
+    assert second["unreadable"] == "ValueError: no such luck"
+    assert first["unreadable"] == "OSError: another process failed: no such luck"
+    assert first["damaged"] == second["damaged"] == "it went through"
+    assert (Path(base.out) / "damaged" / "checkpoints" / "step-00000004.damaged").is_dir()
