@@ -70,3 +70,19 @@ def test_refused_types() -> None:
         small()([])
     with pytest.raises(ValueError, match="frames are on meta and the model on cpu"):
         small()(torch.zeros(2, 1, 8, 12, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": ()}, "channels must be a list of positive integers, got"),
+        ({"channels": (4, 0)}, r"channels must be a list of positive integers, got \(4, 0\)"),
+        ({"channels": (4, 8.0)}, "channels must be"),
+        ({"size": (4,)}, r"size must be two positive integers \(h, w\), got \(4,\)"),
+        ({"size": (4, -1)}, "size must be"),
+        ({"in_channels": 0}, "in_channels must be a positive integer"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"Discriminator: {message}"):
+        Discriminator(**changes)

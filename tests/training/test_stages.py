@@ -225,6 +225,16 @@ def test_stages_one_at_a_time_are_stages_one_after_another(trained, tmp_path):
         assert same(weights(folder), weights(Path(trained.out) / stage / "weights"))
 
 
+def test_disjoint_training_is_all_but_the_last_stage_which_can_follow(trained, tmp_path):
+    config = dataclasses.replace(trained, out=str(tmp_path), stage="disjoint")
+    train(config, progress=False)
+    assert not (tmp_path / "joint").exists()
+    disjoint = weights(tmp_path / "weights")
+    assert same(disjoint, weights(Path(trained.out) / "prior" / "weights"))
+    train(dataclasses.replace(config, stage="joint"), progress=False)
+    assert same(weights(tmp_path / "weights"), weights(Path(trained.out) / "weights"))
+
+
 def test_a_stage_can_start_from_weights_elsewhere(trained, tmp_path):
     """Those of the stage before it, or its own; and with another loss."""
     still = OptimConfig(lr=1e-30)
@@ -297,10 +307,10 @@ def test_stages_have_values_of_their_own(staged):
         ({"stages": {"autoencoder": {"horizon": 3}}}, "stages.autoencoder.horizon: 3 given, must be 0"),
         ({"stages": {stage: {"steps": 3} for stage in ORDER}}, "steps: 6 given, but every stage has its own; change"),
         ({"horizon": 0}, "horizon: 0 given, must be at least 1"),
-        ({"loss": LossConfig(norm="mse")}, "loss: .* must be left out"),
+        ({"loss": LossConfig(norm="mse")}, "loss.norm: 'mse' given, must be left out"),
         ({"model": {**MODEL_OF_THREE, "prior_heads": 0}}, "model: .*prior_heads"),
         ({"stage": "prior"}, "stage: 'prior' given, but .*autoencoder holds no weights to start from; train stage"),
-        ({"stage": "decoder"}, "stage: 'decoder' given, must be 'all' or 'autoencoder' or"),
+        ({"stage": "decoder"}, "stage: 'decoder' given, must be 'all' or 'disjoint' or 'autoencoder' or"),
         ({"model": {"name": "hrvqvae"}, "stage": "prior"}, "stage: 'prior' given, must be left out: a hrvqvae"),
         (
             {"model": {"name": "mspn"}, "stages": {"prior": {}}},

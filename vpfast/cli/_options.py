@@ -24,6 +24,7 @@ class Options:
         self.parser.add_argument("--config", action="config", help="a YAML file, or a name of a packaged one")
         self._free: set[str] = set()
         self._deep: set[str] = set()
+        self._flags: set[str] = set()
 
     def add(self, name: str, kind: Any, default: Any, text: str) -> None:
         """One option. A dictionary takes any key below it, one of dictionaries also keys below those."""
@@ -35,6 +36,7 @@ class Options:
 
     def add_flag(self, name: str, text: str) -> None:
         """An option without a value."""
+        self._flags.add(name)
         self.parser.add_argument(f"--{name}", action="store_true", help=text)
 
     def add_config(self, kind: type[Any], prefix: str = "", defaults: Any = None) -> None:
@@ -96,7 +98,8 @@ class Options:
         for arg in rest:
             name, equals, value = arg.partition("=")
             if name.startswith("--") and name not in known and not self._is_free(name[2:]):
-                raise ValueError(unknown_key(name, known))
+                name = _other_spelling(name, known)
+                arg = name + equals + value
             if name != "--config":
                 args.append(arg)
                 continue
@@ -110,15 +113,28 @@ class Options:
 
     def _check_keys(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
         keys = {name[2:] for action in self.parser._actions for name in action.option_strings if name[:2] == "--"}
+        keys -= self._flags | {"help", "config", "print_config"}
         for name, value in values.items():
             key = f"{prefix}{name}"
             below = any(known.startswith(key + ".") for known in keys)
             if key not in keys and not below:
-                raise ValueError(f"{path}: {unknown_key(key, keys - {'help', 'config'})}")
+                raise ValueError(f"{path}: {unknown_key(key, keys)}")
             if below and not isinstance(value, dict):
                 raise ValueError(f"{path}: {key}: {value!r} given, must hold keys of its own")
             if below:
                 self._check_keys(path, value, key + ".")
+
+
+def _other_spelling(name: str, known: set[str]) -> str:
+    """The option that ``name`` means where it has - for _, or _ for -.
+
+    Raises:
+        ValueError: there is none; the message holds the nearest.
+    """
+    for option in known:
+        if option.replace("-", "_") == name.replace("-", "_"):
+            return option
+    raise ValueError(unknown_key(name, known))
 
 
 def config_file(name: str) -> Path:
@@ -144,11 +160,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text())
+        _walk(values)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {_one_line(str(error))}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: something in it holds itself") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
     return values
+
+
+def _walk(values: Any) -> None:
+    """Raise RecursionError where something holds itself."""
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        _walk(value)
 
 
 def _value(text: str) -> Any:
@@ -165,7 +190,11 @@ def _one_line(message: str) -> str:
     for pattern, plain in (
         (r'Parser key "([^"]+)"', r"\1"),
         (r"<class '(\w+)'>", r"\1"),
-        (r"typing\.Literal", "one of "),
+        (r"a typing\.Literal", "one of "),
+        (
+            r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
+            r"Expected \1. Got value: \2",
+        ),
     ):
         line = re.sub(pattern, plain, line)
     return line

@@ -79,7 +79,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--start", type=int, default=0, help="the first of them; negative counts from the end")
     parser.add_argument("--fps", type=positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
     parser.add_argument("--temperature", type=float, default=0.0, help="S-HR-VQVAE: 0 takes the likeliest (default: 0)")
-    parser.add_argument("--top-k", type=positive, help="S-HR-VQVAE: draw among so many codewords (default: all)")
+    parser.add_argument(
+        "--top-k", "--top_k", type=positive, help="S-HR-VQVAE: draw among so many codewords (default: all)"
+    )
     parser.add_argument("--futures", type=positive, help="S-HR-VQVAE: draw so many futures")
     parser.add_argument("--seed", type=from_zero, default=0, help="S-HR-VQVAE: of what is drawn (default: 0)")
     return parser.parse_args(argv)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 T = TypeVar("T")
 
-Stage = Literal["all", "autoencoder", "prior", "joint"]
+Stage = Literal["all", "disjoint", "autoencoder", "prior", "joint"]
 
 
 def option(default: T, text: str) -> T:
@@ -30,29 +30,48 @@ def _require(fine: bool, key: str, given: object, accepted: str) -> None:
         raise ValueError(f"{key}: {given} given, must be {accepted}")
 
 
-_PLAIN = {int: "a whole number", bool: "true or false", str: "a text"}
+_PLAIN = {int: "a whole number", bool: "true or false", str: "a text", float: "a finite number", type(None): "null"}
+_MOST = 99_999_999  # of what is counted: the names of checkpoints have eight digits
 
 
 def _check_values(config: Any, prefix: str = "") -> None:
     """What the types of the fields promise and Python does not hold anyone to."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-        if value is None and type(None) in kinds:
-            continue
-        kinds.discard(type(None))
-        if get_origin(hint) is Literal:
-            choices = get_args(hint)
-            _require(value in choices, prefix + name, repr(value), " or ".join(map(repr, choices)))
-        elif kinds == {float}:
-            fine = isinstance(value, int | float) and math.isfinite(value)
-            _require(fine, prefix + name, repr(value), "a finite number")
-        elif get_origin(hint) is dict:
-            _require(isinstance(value, dict), prefix + name, repr(value), "keys and values")
-        elif kinds <= set(_PLAIN):
-            (kind,) = kinds
-            fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            _require(fine, prefix + name, repr(value), _PLAIN[kind])
+        _require(_fits(value, hint), prefix + name, repr(value), _in_words(hint))
+        if isinstance(value, int):
+            _require(value <= _MOST, prefix + name, value, f"at most {_MOST}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what ``hint`` says; a list counts as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        hints = [inner[0]] * len(value) if inner[1:] == (...,) else list(inner)
+        return len(hints) == len(value) and all(map(_fits, value, hints))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    kind = origin or hint
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    """What :func:`_fits` accepts."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is tuple:
+        many = inner[1:] == (...,)
+        return f"a list, each {_in_words(inner[0])}" if many else f"[{', '.join(map(_in_words, inner))}]"
+    return "keys and values" if origin is dict or hint is dict else _PLAIN.get(hint, "keys of its own")
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, str | list):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raises ValueError: one line that names the key."""
         _check_values(self, "data.")
+        for split in ("train", "val", "test"):
+            _check_values(getattr(self, split), f"data.{split}.")
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -186,7 +208,10 @@ class TrainConfig:
     out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/")
     init: str | None = option(None, "a folder of weights to start from, in place of random ones")
     model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
-    stage: Stage = option("all", "shrvqvae: the stage to train; all of them one after another, or one alone")
+    stage: Stage = option(
+        "all",
+        "shrvqvae: the stage to train; all of them one after another; disjoint: all but joint; or one alone",
+    )
     stages: dict[str, dict[str, Any]] = option(
         {}, "shrvqvae: what a stage does otherwise, such as stages.prior.steps or stages.joint.optim.lr"
     )
@@ -283,6 +308,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def _check_numbers(config: TrainConfig) -> None:
+    _require(bool(config.out.strip()), "out", repr(config.out), "the name of a folder")
     for key in ("context", "steps", "batch_size", "keep", "val_clips"):
         _require(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
     for key in ("horizon", "workers", "val_every", "save_every", "strip_every", "seed"):

@@ -1,5 +1,6 @@
 """Training, as the command line calls it: a run, or for a model that is trained in stages one run after another."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from vpfast.training.log import check_tensorboard
 from vpfast.training.network import build_model
 from vpfast.training.recipes import STAGES, recipe_named
 
+# What trains several stages one after another, and which it leaves out.
+_SEVERAL: dict[str, tuple[str, ...]] = {"all": (), "disjoint": ("joint",)}
 # What a stage cannot have of its own: what is trained, and where it lies.
 _SHARED = ("out", "init", "model", "stage", "stages")
 
@@ -41,10 +44,12 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     runs = runs_of(config)
     for each in runs.values() or [config]:
         check_tensorboard(each)
+    if config.init is not None and not Path(config.init).is_dir():
+        raise FileNotFoundError(f"init: {config.init} given, must be a folder of weights")
     if not runs:
         return engine.run(config, resume, progress)
     out = Path(config.out)
-    engine.check_folder(out, resume or config.stage != "all")
+    engine.check_folder(out, resume or config.stage not in _SEVERAL)
     for each in runs.values():
         engine.check_folder(Path(each.out), resume)
     _check_unchanged(runs, out)
@@ -58,6 +63,9 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
             print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
         try:
             start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1])
+        except (ValueError, FloatingPointError) as error:
+            told = _by_its_own_name(str(error), stage, config.stages.get(stage, {}))
+            raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(told) from error
         except engine.Stopped as stop:  # it is the whole that is resumed, not the stage
             raise engine.Stopped(stop.step, stop.signum, config.out, stage) from None
     assert start is not None
@@ -82,8 +90,15 @@ def runs_of(config: TrainConfig) -> dict[str, TrainConfig]:
         return {}
     _check_keys(config.stages, list(STAGES[name]))
     _check_heard(config, list(STAGES[name]))
-    wanted = STAGES[name] if config.stage == "all" else [config.stage]
-    return {stage: _run_of(config, stage) for stage in wanted}
+    return {stage: _run_of(config, stage) for stage in _wanted(config)}
+
+
+def _wanted(config: TrainConfig) -> list[str]:
+    """The stages that are trained, in their order."""
+    stages = list(STAGES[config.model["name"]])
+    if config.stage not in _SEVERAL:
+        return [config.stage]
+    return [stage for stage in stages if stage not in _SEVERAL[config.stage]]
 
 
 def _run_of(config: TrainConfig, stage: str) -> TrainConfig:
@@ -96,9 +111,16 @@ def _run_of(config: TrainConfig, stage: str) -> TrainConfig:
         made = from_dict(TrainConfig, _overlaid(values, own))
         build_model(made)
     except ValueError as error:
-        key = str(error).partition(":")[0]
-        raise ValueError(f"stages.{stage}.{error}" if engine.lookup(own, key) is not None else str(error)) from error
+        raise ValueError(_by_its_own_name(str(error), stage, own)) from error
     return made
+
+
+def _by_its_own_name(message: str, stage: str, own: Mapping[str, Any]) -> str:
+    """What a run of a stage says, with the names of keys that this stage has of its own as they were given."""
+    for key in sorted(_leaves_of(own), key=len, reverse=True):
+        place = rf"(?<![\w.]){re.escape(key)}(?![\w.])" if "." in key else rf"^{key}(?=:)|(?<![\w.]){key}(?= \()"
+        message = re.sub(place, f"stages.{stage}.{key}", message, count=1)
+    return message
 
 
 def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +178,7 @@ def _start(config: TrainConfig) -> Path | None:
     if config.init is not None:
         return Path(config.init)
     stages = list(STAGES[config.model["name"]])
-    place = 0 if config.stage == "all" else stages.index(config.stage)
+    place = stages.index(_wanted(config)[0])
     if place == 0:
         return None
     before = Path(config.out) / stages[place - 1]

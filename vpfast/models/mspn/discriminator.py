@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.models._config import is_count
 from vpfast.models._frames import check_type
 from vpfast.models.mspn.released import convert_discriminator
 from vpfast.nn.bottleneck import LEAK, Bottleneck
@@ -36,6 +37,9 @@ class Discriminator(nn.Module):
         channels: widths, from full resolution down.
         size: (h, w) of the maps after the last pool: H and W are ``2 ** (len(channels) - 1)`` times that.
         in_channels: channels of a frame.
+
+    Raises:
+        ValueError: an argument that cannot be; the message names it.
     """
 
     def __init__(
@@ -45,6 +49,9 @@ class Discriminator(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        _check_positive("channels", channels, "a list of positive integers", len(channels) > 0)
+        _check_positive("size", size, "two positive integers (h, w)", len(size) == 2)
+        _check_positive("in_channels", [in_channels], "a positive integer")
         self.in_channels = in_channels
         factor = 2 ** (len(channels) - 1)
         self.frame_size = (size[0] * factor, size[1] * factor)
@@ -78,3 +85,8 @@ class Discriminator(nn.Module):
     def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a discriminator of the authors' released code, all of it or nothing: see ``MSPN.load_released``."""
         self.load_state_dict(convert_discriminator(state_dict, self.state_dict()))
+
+
+def _check_positive(name: str, given: Sequence[int], accepted: str, fine: bool = True) -> None:
+    if not fine or not all(map(is_count, given)):
+        raise ValueError(f"Discriminator: {name} must be {accepted}, got {given!r}")

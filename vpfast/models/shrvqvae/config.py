@@ -140,6 +140,12 @@ class SHRVQVAEConfig(ModelConfig):
     def _check_prior(self) -> None:
         self._check_counts("prior_channels", "prior_blocks", "prior_attention_every", "prior_heads", "prior_head_dim")
         self._check_counts("prior_ffn", "prior_head")
+        if self.attention != "none" and self.prior_attention_every > self.prior_blocks:
+            self._refuse(
+                "prior_attention_every",
+                f"must be at most prior_blocks ({self.prior_blocks}), or there is no attention, which attention 'none' "
+                "says",
+            )
         window = self.attention_window
         if not isinstance(window, tuple) or len(window) != 3 or not all(r is None or is_count(r, 0) for r in window):
             self._refuse("attention_window", "must be three radii (t, y, x), each an integer of at least 0 or None")

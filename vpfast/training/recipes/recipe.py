@@ -107,8 +107,9 @@ class Recipe:
                 "checkpoint_activations: True given, must be false: this model has no rollout to recompute"
             )
         if not self.pixel_loss and config.loss != LossConfig():
+            key, given = next(iter(vars(config.loss).items() - vars(LossConfig()).items()))
             raise ValueError(
-                f"loss: {config.loss} given, must be left out: the terms of this model's loss are fields of model"
+                f"loss.{key}: {given!r} given, must be left out: the terms of this model's loss are fields of model"
             )
         if not self.pixel_loss and config.adversarial.enabled:
             raise ValueError("adversarial.enabled: True given, must be False: this model is trained without one")
