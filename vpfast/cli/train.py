@@ -1,5 +1,6 @@
 """``vpfast train``: from a YAML file and dotted options to a folder of weights."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vpfast.training.dry_run import dry_run, report
 
 DESCRIPTION = (
     "Train a model. Options override the YAML file, e.g. --config mspn/moving-digits --optim.lr 3e-4 "
-    "--model.hidden_channels 16. The run's folder receives config.yaml, log.jsonl, checkpoints/ and weights/."
+    "--model.hidden_channels 16. The run's folder receives config.yaml, log.jsonl, checkpoints/, weights/, curves.png."
 )
 
 
@@ -32,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     if dry:
         return _tell(config)
     weights = train(config, resume=resume)
-    print(f"weights: {weights}")
+    if os.environ.get("RANK", "0") == "0":  # one process of several speaks for all
+        print(f"weights: {weights}")
     return 0
 
 

@@ -205,7 +205,7 @@ class TrainConfig:
     ``joint``) has each as a run of its own, to which ``stages`` gives its own values of these keys.
     """
 
-    out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/")
+    out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/, curves.png")
     init: str | None = option(None, "a folder of weights to start from, in place of random ones")
     model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
     stage: Stage = option(

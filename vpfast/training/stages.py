@@ -25,8 +25,8 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     """Train as ``config`` says and return the folder of the finished weights.
 
     The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
-    weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the weights that
-    did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
+    curves.png and weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the
+    weights that did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
     there is none; on the CPU its weights then equal those of a run that was never interrupted, bit for bit, given the
     same number of threads.
 
