@@ -10,7 +10,7 @@ import yaml
 
 from vpfast.training import checkpoint, engine
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict, unknown_key
-from vpfast.training.files import new_folder, write_file
+from vpfast.training.files import clear_up, new_folder, write_file
 from vpfast.training.log import check_tensorboard
 from vpfast.training.network import build_model
 from vpfast.training.recipes import STAGES, recipe_named
@@ -26,9 +26,14 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
 
     The folder ``config.out`` receives config.yaml, log.jsonl (one JSON object a step), checkpoints/ and, at the end,
     curves.png and weights/, which :func:`vpfast.models.load` reads; where a validation split is watched also best/, the
-    weights that did best on it. With ``resume`` the run in that folder goes on from its last checkpoint, or from the start where
-    there is none; on the CPU its weights then equal those of a run that was never interrupted, bit for bit, given the
-    same number of threads.
+    weights that did best on it. With ``resume`` the run in that folder goes on from its last checkpoint that is whole,
+    or from the start where there is none; on the CPU its weights then equal those of a run that was never interrupted,
+    bit for bit, given the same number of threads. With ``optim.ema_decay`` the averaged weights are validated and
+    written; checkpoints hold both. With ``patience`` a run may end before ``steps``, with the weights of its last step.
+
+    In several processes (``accelerate launch --multi_gpu --num_processes 2 -m vpfast train ...``, on the CPU too, with
+    ``--device cpu``; accelerate's own ``--cpu`` starts one process unless it is given an MPI host file) all of them must
+    see the same ``config.out``. The gradient is that of the clips of all of them.
 
     A model that is trained in stages has such a folder for each of them inside ``config.out``, named after the stage. A
     stage starts from the weights of the one before it, the first that is trained from ``config.init`` where that is
@@ -49,15 +54,11 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     if not runs:
         return engine.run(config, resume, progress)
     out = Path(config.out)
-    engine.check_folder(out, resume or config.stage not in _SEVERAL)
-    for each in runs.values():
-        engine.check_folder(Path(each.out), resume)
-    _check_unchanged(runs, out)
-    start = _start(config)
-    main = engine.accelerator(config).is_main_process
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    accelerator = engine.accelerator(config)
+    main = accelerator.is_main_process
+    # All processes look before the first one writes.
+    start = engine.agreed(accelerator, lambda: _start_in(out, runs, config, resume))
+    engine.agreed(accelerator, lambda: _begin(out, config) if main else None)
     for stage, each in runs.items():
         if main and progress:
             print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
@@ -69,10 +70,29 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
         except engine.Stopped as stop:  # it is the whole that is resumed, not the stage
             raise engine.Stopped(stop.step, stop.signum, config.out, stage) from None
     assert start is not None
-    if main:
-        with new_folder(out / "weights", replace=True) as folder:
-            shutil.copytree(start, folder, dirs_exist_ok=True)
+    last = start
+    engine.agreed(accelerator, lambda: _finish(out, last) if main else None)
     return out / "weights"
+
+
+def _start_in(out: Path, runs: Mapping[str, TrainConfig], config: TrainConfig, resume: bool) -> Path | None:
+    """The weights that the first of ``runs`` starts from, where they can be in the folder ``out``."""
+    engine.check_folder(out, resume or config.stage not in _SEVERAL)
+    for each in runs.values():
+        engine.check_folder(Path(each.out), resume)
+    _check_unchanged(runs, out)
+    return _start(config)
+
+
+def _begin(out: Path, config: TrainConfig) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    clear_up(out)
+    write_file(out / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def _finish(out: Path, weights: Path) -> None:
+    with new_folder(out / "weights", replace=True) as folder:
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
 
 
 def runs_of(config: TrainConfig) -> dict[str, TrainConfig]:
