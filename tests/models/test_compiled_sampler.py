@@ -128,7 +128,7 @@ def test_networks_of_any_size(
         prior_ffn=ffn,
         prior_head=head,
         prior_blocks=blocks[0],
-        prior_attention_every=blocks[1],
+        prior_attention_every=min(blocks),
     )
     codes = clip(prior, 2, grid)
     options: dict[str, Any] = {"temperature": temperature, "top_k": min(3, size), "seed": [1, 2**32 - 1]}

@@ -97,13 +97,13 @@ def test_of_any_shape(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
-    size, layers = draw(2, 6), draw(1, 3)
+    size, layers, blocks = draw(2, 6), draw(1, 3), draw(1, 3)
     options = {
         "conditioning": data.draw(st.sampled_from(CONDITIONING)),
         "attention": data.draw(st.sampled_from(ATTENTION)),
         "code_order": data.draw(st.sampled_from(CODE_ORDER)),
-        "prior_blocks": draw(1, 3),
-        "prior_attention_every": draw(1, 3),
+        "prior_blocks": blocks,
+        "prior_attention_every": draw(1, blocks),
         "prior_heads": draw(1, 4),
     }
     prior = network(**options, codebook_size=size, layers=layers)

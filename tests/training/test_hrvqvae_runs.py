@@ -124,7 +124,7 @@ def test_a_run_starts_from_given_weights(tiny_codes, tmp_path):
     ("changes", "message"),
     [
         ({"horizon": 2}, "horizon: 2 given, must be 0"),
-        ({"loss": LossConfig(norm="mse")}, "loss: .* must be left out"),
+        ({"loss": LossConfig(norm="mse")}, "loss.norm: .mse. given, must be left out"),
         ({"model": {"name": "hrvqvae", "layer": 3}}, r"unknown key 'model.layer'; did you mean 'model.layers'\?"),
         ({"model": {"name": "hrvqvae", "preset": "compact"}}, "model: .*no preset 'compact'"),
         ({"model": {"name": "hrvqvae", "channels": [4] * 5}}, "data.size: 16 given, must be a multiple of 32"),
@@ -150,7 +150,7 @@ def test_every_kind_of_model_has_a_recipe():
 SMALL = {
     "mspn": {"channels": (2, 2), "levels": 1, "hidden_channels": 2},
     "hrvqvae": {"channels": (2,)},
-    "shrvqvae": {"channels": (2,), "prior_channels": 4, "prior_blocks": 1},
+    "shrvqvae": {"channels": (2,), "prior_channels": 4, "prior_blocks": 1, "prior_attention_every": 1},
 }
 
 
