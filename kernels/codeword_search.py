@@ -81,6 +81,8 @@ def _books(codebooks: Sequence[Tensor], z_type: torch.dtype, strict_tree: bool) 
         raise RuntimeError("codeword_search: codebooks must have the type of z, or float32 beside half precision")
     M, D = codebooks[0].shape
     sizes = tuple(M ** (layer + 1) if strict_tree else M for layer in range(len(codebooks)))
+    if sizes[-1] >= 2**31:
+        raise RuntimeError("codeword_search: a layer holds fewer than 2^31 codewords")
     for layer, (codebook, size) in enumerate(zip(codebooks, sizes, strict=True), 1):
         _check(f"layer {layer} of codebooks", codebook, codebooks[0].dtype, size, D)
     return _Books(_in_one(codebooks).to(dtype), sizes, D, M, strict_tree and len(sizes) > 1)
