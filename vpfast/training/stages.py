@@ -32,8 +32,8 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     written; checkpoints hold both. With ``patience`` a run may end before ``steps``, with the weights of its last step.
 
     In several processes (``accelerate launch --multi_gpu --num_processes 2 -m vpfast train ...``, on the CPU too, with
-    ``--device cpu``; accelerate's own ``--cpu`` starts one process unless it is given an MPI host file) all of them must
-    see the same ``config.out``. The gradient is that of the clips of all of them.
+    ``--device cpu``; accelerate's own ``--cpu`` starts one process unless it is given an MPI host file) all of them
+    have to see the same ``config.out``. The gradient is that of the clips of all of them.
 
     A model that is trained in stages has such a folder for each of them inside ``config.out``, named after the stage. A
     stage starts from the weights of the one before it, the first that is trained from ``config.init`` where that is
