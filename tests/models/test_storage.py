@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_old_model(model: MSPN, tmp_path: Path, monkeyp
     def full_disk(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("vpfast.models.storage.save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save(MSPN(MSPNConfig(1, (2, 3), 1, 2)), tmp_path)
     monkeypatch.undo()
