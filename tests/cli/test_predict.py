@@ -6,6 +6,7 @@ import torch
 
 import vpfast.models
 from vpfast.data import read_video
+from vpfast.ops import _backend
 
 FILES = ["prediction.gif", "prediction.mp4", "prediction.npy", "strip.png"]
 
@@ -143,7 +144,8 @@ def test_the_folder_of_a_run_stands_for_its_weights(command, weights, video, out
     assert command("predict", video, "--weights", run, "--out", out, "--horizon", 2)[0] == 0
 
 
-def test_a_refusal_of_the_operators_is_one_line(refused, weights, video, out):
+def test_a_refusal_of_the_operators_is_one_line(refused, weights, video, out, monkeypatch):
+    monkeypatch.setattr(_backend, "_INTERPRETED", False)
     with vpfast.backend("triton"):
         assert "edlstm_gates" in refused("predict", video, "--weights", weights, "--out", out, "--device", "cpu")
     assert not out.exists()
