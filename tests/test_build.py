@@ -200,16 +200,15 @@ def test_no_cpp_symbol_of_torch_is_needed():
     assert [line for line in undefined.splitlines() if any(n in line for n in ("c10::", "at::", "torch::"))] == []
 
 
-def test_what_only_a_cuda_torch_has_is_a_weak_symbol():
-    """A CUDA build also loads where torch has no CUDA: what is missing there is bound when it is called, or never."""
+def test_what_only_a_cuda_torch_has_is_no_symbol():
+    """A CUDA build also loads where torch has no CUDA: what is missing there is looked up when it is called."""
     built = _native.build_record()
     if built["built"] != "cuda" or shutil.which("nm") is None:
         pytest.skip(f"needs an extension with CUDA and nm; built {built['built']}: {built['reason']}")
     command = ["nm", "-D", "--undefined-only", _native.extension.__file__]
     undefined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kinds = dict(line.split()[::-1] for line in undefined.splitlines())
-    assert kinds.get("aoti_torch_get_current_cuda_stream") == "w"
-    assert [name for name in kinds if name.startswith("cuda")] == []  # the runtime is within
+    # Nor of the runtime, which is within.
+    assert [line for line in undefined.splitlines() if "cuda" in line] == []
 
 
 def test_sdist_and_wheel(tree):

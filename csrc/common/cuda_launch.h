@@ -1,18 +1,18 @@
 // What the host side of every CUDA kernel needs: the device and stream of a tensor, and a check of each launch.
 //
-// A module built here also imports where torch has no CUDA. So the one function of torch that is missing there is a
-// weak symbol: it is called only for a CUDA tensor, and where there is one, it exists.
+// A module built here also imports where torch has no CUDA. So the one function of torch that is missing there is asked
+// for by name, in the library that holds it. A weak symbol would not do: Python loads torch's libraries each for
+// itself, and this module depends on none that leads to libtorch_cuda.so, so the loader would not look there.
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
-
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace vpfast {
 
@@ -25,11 +25,20 @@ class OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+// torch's aoti_torch_get_current_cuda_stream; null where torch has no CUDA.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+inline CurrentStream find_current_stream() {
+  void* loaded = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = dlsym(loaded ? loaded : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  return reinterpret_cast<CurrentStream>(found);
+}
+
 // The stream that PyTorch works on now.
 inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
+  static const CurrentStream current = find_current_stream();
+  STD_TORCH_CHECK(current, "this torch has no CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
