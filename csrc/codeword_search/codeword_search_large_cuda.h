@@ -303,7 +303,7 @@ struct Slice {
 };
 
 // The best of each thread's columns wait here while products take the registers.
-struct TileMemory {
+struct alignas(sizeof(float4)) TileMemory {
   float vectors[2][kDepth][kTile];
   float codewords[2][kDepth][kTile];
   float first[8][kThreads], second[8][kThreads];
