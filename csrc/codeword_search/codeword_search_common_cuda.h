@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "codeword_search/codeword_search_math.h"
+#include "common/simt.h"
 
 namespace vpfast::gpu {
 
@@ -94,7 +95,8 @@ struct Above {
 
 // The deciding search, by all lanes of a warp for one vector: in float64 the nearest of two codes or, where `second` is
 // negative, of all: the lowest of equals, and never one whose distance is NaN or infinite (0 where there is no other).
-// Distances are those of the CPU's `decide`, term by term.
+// Distances are those of the CPU's `decide`, term by term and rounded alike: fused products would part distances that
+// are equal but for the order of their terms.
 template <class W>
 __device__ inline int decide(const Problem& p, int64_t vector, int layer, Above above, int first, int second) {
   const W* codewords[kMaxLayers];
@@ -116,7 +118,7 @@ __device__ inline int decide(const Problem& p, int64_t vector, int layer, Above 
       double residual = static_cast<double>(read<W>(p.z, vector, d));
       for (int a = 0; a < layer; ++a) residual -= static_cast<double>(codewords[a][d]);
       const double difference = residual - static_cast<double>(codeword[d]);
-      distance += difference * difference;
+      distance = simt::rounded_sum(distance, simt::rounded_product(difference, difference));
     }
     if (distance < least) {
       least = distance;
