@@ -20,7 +20,7 @@ two no smaller than any |g_i . v_j - D_i|: neither leaves the range of the type 
 import triton
 import triton.language as tl
 
-from vpfast.kernels.masked_attention3d_forward import LOG2E, PEAKS
+from vpfast.kernels.masked_attention3d_forward import CAREFUL, LOG2E, LOWEST, PEAKS, PLAIN
 from vpfast.kernels.masked_attention3d_mask import block_of, walk
 from vpfast.kernels.masked_attention3d_rows import add_weighted, load_rows, peak_of, plane_at, products
 
@@ -29,62 +29,68 @@ GEOMETRY = ["heads", "blocks", "frames", "rows", "columns", "radius_t", "radius_
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "heads", "length", "part"])
-def delta_kernel(
-    q,
-    k,
-    v,
-    grad,
-    out,
-    delta,
-    peaks,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    heads,
-    length,
-    part,
+def levels_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    levels: tl.tensor,
+    peaks: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    grad_batch: tl.tensor,
+    grad_head: tl.tensor,
+    grad_row: tl.tensor,
+    heads: tl.tensor,
+    length: tl.tensor,
+    part: tl.tensor,
     DIM: tl.constexpr,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     SURVEYED: tl.constexpr,
-):
-    """``delta`` (planes, length), and where SURVEYED ``peaks`` (planes, 5, PEAKS): of every ``part`` rows of q, k, v and
-    grad the largest sum of squares of a finite one, and whether there is another."""
-    SUM: tl.constexpr = delta.dtype.element_ty
+    LIFT: tl.constexpr,
+) -> None:
+    """``levels`` (planes, length, 2): of each query lse as a power of two, less LIFT, and D. Where SURVEYED ``peaks``
+    (planes, 5, PEAKS): of every ``part`` rows of q, k, v and grad the largest sum of squares of a finite one, and
+    whether there is another."""
+    SUM: tl.constexpr = levels.dtype.element_ty
     index, plane = tl.program_id(0), tl.program_id(1)
     start = index * part
     end = tl.minimum(start + part, length)
-    grad_at = plane_at(grad, plane, heads, grad_batch, grad_head, UNIT)
+    g_rows = (plane_at(grad, plane, heads, grad_batch, grad_head, UNIT), grad_row)
     dense = plane.to(tl.int64) * length
-    out_at = out + dense * DIM
+    out_rows = (out + dense * DIM, tl.full((), DIM, tl.int32))
     for first in range(start, end, SIZE):
         total = tl.zeros((SIZE,), SUM)
         for chunk in range(CHUNKS):
-            a = load_rows(grad_at, grad_row, first, end, chunk, True, SIZE, DIM, D, UNIT)
-            b = load_rows(out_at, tl.full((), DIM, tl.int32), first, end, chunk, True, SIZE, DIM, D, 1)
+            a = load_rows(g_rows, first, end, chunk, True, SIZE, DIM, D, UNIT)
+            b = load_rows(out_rows, first, end, chunk, True, SIZE, DIM, D, 1)
             total += tl.sum(a.to(SUM) * b.to(SUM), 1)
         row = first + tl.arange(0, SIZE)
-        tl.store(delta + dense + row, total, mask=row < end)
+        norm = tl.load(lse + dense + row, mask=row < end, other=0.0)
+        to = levels + 2 * (dense + row)
+        tl.store(to, tl.maximum(norm, LOWEST) * LOG2E - LIFT, mask=row < end)
+        tl.store(to + 1, total, mask=row < end)
     if SURVEYED:
         to = peaks + plane.to(tl.int64) * (5 * PEAKS) + index
-        q_at = plane_at(q, plane, heads, q_batch, q_head, UNIT)
-        k_at = plane_at(k, plane, heads, k_batch, k_head, UNIT)
-        v_at = plane_at(v, plane, heads, v_batch, v_head, UNIT)
-        q_peak, q_strange = peak_of(q_at, q_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)
-        k_peak, k_strange = peak_of(k_at, k_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)
-        v_peak, v_strange = peak_of(v_at, v_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)
-        g_peak, g_strange = peak_of(grad_at, grad_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)
+        q_rows = (plane_at(q, plane, heads, q_batch, q_head, UNIT), q_row)
+        k_rows = (plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row)
+        v_rows = (plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row)
+        q_peak, q_strange = peak_of(q_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
+        k_peak, k_strange = peak_of(k_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
+        v_peak, v_strange = peak_of(v_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
+        g_peak, g_strange = peak_of(g_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
         tl.store(to, q_peak)
         tl.store(to + PEAKS, k_peak)
         tl.store(to + 2 * PEAKS, v_peak)
@@ -93,20 +99,21 @@ def delta_kernel(
 
 
 @triton.jit
-def _root_of_peak(peaks, which: tl.constexpr):
+def _root_of_peak(peaks: tl.tensor, which: tl.constexpr) -> tl.tensor:
     return tl.sqrt(tl.max(tl.load(peaks + which * PEAKS + tl.arange(0, PEAKS)), 0))
 
 
 @triton.jit
-def _is_tame(peaks, scale, LIMIT: tl.constexpr):
-    """Are the plane's scores all small, and its rows finite and no longer than 2^60?"""
+def _mode_of(peaks: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """The MODE that the plane is served in: PLAIN where no score can be large, and all is finite."""
     largest = _root_of_peak(peaks, 0) * _root_of_peak(peaks, 1) * tl.abs(scale) * LOG2E
     longest = tl.maximum(_root_of_peak(peaks, 2), _root_of_peak(peaks, 3))
-    return (largest <= LIMIT) & (longest < 1e18) & (_root_of_peak(peaks, 4) == 0)
+    plain = (largest <= 2**20) & (longest < 1e18) & (_root_of_peak(peaks, 4) == 0)
+    return tl.where(plain, PLAIN, CAREFUL)
 
 
 @triton.jit
-def _unit_of(peaks, LIFT: tl.constexpr):
+def _unit_of(peaks: tl.tensor, LIFT: tl.constexpr) -> tl.tensor:
     """What d_ij is measured in; 1 where the type has the range of float32."""
     unit = 1.0
     if LIFT > 0:
@@ -116,72 +123,164 @@ def _unit_of(peaks, LIFT: tl.constexpr):
 
 
 @triton.jit
-def _weights(scores, norm, seen, scale, MASKED: tl.constexpr, TAME: tl.constexpr, LIFT: tl.constexpr):
-    """2^LIFT exp(scale scores - norm), 0 where hidden; ``norm`` has the shape (1, n) or (n, 1)."""
-    if TAME:
-        weights = tl.exp2(scores * (scale * LOG2E) - (norm * LOG2E - LIFT))
-    else:
+def _weights(
+    scores: tl.tensor,
+    norm: tl.tensor,
+    seen: tl.tensor,
+    penalty: tl.tensor,
+    scale: tl.tensor,
+    MASKED: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tl.tensor:
+    """2^LIFT exp(scale scores - lse), 0 where hidden. ``norm``, (1, n) or (n, 1), is lse if CAREFUL, else what
+    levels_kernel made of it."""
+    if MODE == CAREFUL:
         weights = tl.exp2((scores * scale - norm) * LOG2E + LIFT)
+        if MASKED:
+            weights = tl.where(seen, weights, 0.0)
+        return weights
+    power = scores * (scale * LOG2E) - norm
     if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    return weights
+        power += penalty
+    return tl.exp2(power)
 
 
 @triton.jit
-def _key_tile(state, context, start, seen, MASKED: tl.constexpr):
-    """One tile of queries, for the gradients of a block of keys and values."""
-    grad_k, grad_v = state
-    (k, v, scale, unit, k_at, k_row, v_at, v_row, first, end, q_at, q_row, g_at, g_row, lse, delta, length, chunk, FIXED,
-     MOVING, DIM, D, CHUNKS, UNIT, TAME, LIFT, PRECISION) = context  # fmt: skip
-    SUM: tl.constexpr = grad_k.dtype
-    q = load_rows(q_at, q_row, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
-    g = load_rows(g_at, g_row, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
+def _begin_for_keys(
+    context: tl.tuple,
+    start: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Of one tile of queries the scores, and what else is known of them."""
+    _, length, chunk, own, tiles, tensors, known = context
+    k, _ = tiles
+    k_rows, _, q_rows, g_rows = tensors
+    lse, levels = known
+    q = load_rows(q_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
+    g = load_rows(g_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
     row = start + tl.arange(0, MOVING)
+    both = levels + (row[:, None] * 2 + tl.arange(0, 2)[None, :])
     if MASKED:
-        norm = tl.load(lse + row, mask=row < length, other=0.0)
-        level = tl.load(delta + row, mask=row < length, other=0.0)
+        norm, level = tl.split(tl.load(both, mask=(row < length)[:, None], other=0.0))
     else:
-        norm = tl.load(lse + row)
-        level = tl.load(delta + row)
-    scores = products(
-        k, q, k_at, k_row, first, end, q_at, q_row, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT, PRECISION, SUM
-    )  # fmt: skip
-    weights = _weights(scores, norm[None, :], seen, scale, MASKED, TAME, LIFT)
-    grad_v = add_weighted(grad_v, weights, seen, g, MASKED and not TAME, PRECISION)
-    slopes = products(
-        v, g, v_at, v_row, first, end, g_at, g_row, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT, PRECISION, SUM
-    )  # fmt: skip
+        norm, level = tl.split(tl.load(both))
+    if MODE == CAREFUL:
+        norm = tl.load(lse + row, mask=row < length, other=0.0)
+    scores = products(k, q, k_rows, own, q_rows, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT)
+    return scores, q, g, norm, level, start
+
+
+@triton.jit
+def _finish_for_keys(
+    state: tl.tuple,
+    context: tl.tuple,
+    begun: tl.tuple,
+    seen: tl.tensor,
+    penalty: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """With it, ``state``: the gradients of a block of keys and of their values."""
+    grad_k, grad_v = state
+    factors, length, _, own, tiles, tensors, _ = context
+    scale, unit = factors
+    _, v = tiles
+    _, v_rows, _, g_rows = tensors
+    scores, q, g, norm, level, start = begun
+    weights = _weights(scores, norm[None, :], seen, penalty, scale, MASKED, MODE, LIFT)
+    grad_v = add_weighted(grad_v, weights, seen, g, MASKED and MODE == CAREFUL)
+    slopes = products(v, g, v_rows, own, g_rows, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT)
     slopes = weights * (slopes * (1 / unit) - (level * (1 / unit))[None, :])
-    if MASKED and not TAME:
+    if MASKED and MODE == CAREFUL:
         slopes = tl.where(seen, slopes, 0.0)
-    grad_k = add_weighted(grad_k, slopes, seen, q, MASKED and not TAME, PRECISION)
+    grad_k = add_weighted(grad_k, slopes, seen, q, MASKED and MODE == CAREFUL)
     return grad_k, grad_v
 
 
 @triton.jit
-def _query_tile(state, context, start, seen, MASKED: tl.constexpr):
-    """One tile of keys, for the gradients of a block of queries."""
-    (grad_q,) = state
-    (q, g, norm, level, scale, unit, q_at, q_row, g_at, g_row, first, end, k_at, k_row, v_at, v_row, length, chunk, FIXED,
-     MOVING, DIM, D, CHUNKS, UNIT, TAME, LIFT, PRECISION) = context  # fmt: skip
-    SUM: tl.constexpr = grad_q.dtype
-    k = load_rows(k_at, k_row, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
-    v = load_rows(v_at, v_row, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
-    scores = products(
-        q, k, q_at, q_row, first, end, k_at, k_row, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT, PRECISION, SUM
-    )  # fmt: skip
-    slopes = products(
-        g, v, g_at, g_row, first, end, v_at, v_row, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT, PRECISION, SUM
-    )  # fmt: skip
-    weights = _weights(scores, norm[:, None], seen, scale, MASKED, TAME, LIFT)
-    slopes = weights * (slopes * (1 / unit) - level[:, None])
-    if MASKED and not TAME:
-        slopes = tl.where(seen, slopes, 0.0)
-    return (add_weighted(grad_q, slopes, seen, k, MASKED and not TAME, PRECISION),)
+def _begin_for_queries(
+    context: tl.tuple,
+    start: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Of one tile of keys the scores, what the gradients of weights are made of, and the keys."""
+    _, length, chunk, own, tiles, tensors, _ = context
+    q, g = tiles
+    q_rows, g_rows, k_rows, v_rows = tensors
+    k = load_rows(k_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
+    v = load_rows(v_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
+    scores = products(q, k, q_rows, own, k_rows, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT)
+    slopes = products(g, v, g_rows, own, v_rows, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT)
+    return scores, slopes, k
 
 
 @triton.jit
-def _store(to, values, plane, length, first, count, chunk, FIXED: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+def _finish_for_queries(
+    state: tl.tuple,
+    context: tl.tuple,
+    begun: tl.tuple,
+    seen: tl.tensor,
+    penalty: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """With it, ``state``: the gradients of a block of queries."""
+    (grad_q,) = state
+    factors, _, _, _, _, _, known = context
+    scale, unit = factors
+    norm, level = known
+    scores, slopes, k = begun
+    weights = _weights(scores, norm[:, None], seen, penalty, scale, MASKED, MODE, LIFT)
+    slopes = weights * (slopes * (1 / unit) - level[:, None])
+    if MASKED and MODE == CAREFUL:
+        slopes = tl.where(seen, slopes, 0.0)
+    return (add_weighted(grad_q, slopes, seen, k, MASKED and MODE == CAREFUL),)
+
+
+@triton.jit
+def _store(
+    to: tl.tensor,
+    values: tl.tensor,
+    plane: tl.tensor,
+    length: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    chunk: tl.tensor,
+    FIXED: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
     row = tl.arange(0, FIXED)
     column = chunk * D + tl.arange(0, D)
     tl.store(
@@ -193,39 +292,40 @@ def _store(to, values, plane, length, first, count, chunk, FIXED: tl.constexpr, 
 
 @triton.jit(do_not_specialize=[*STRIDES, *GEOMETRY])
 def keys_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    peaks,
-    grad_k,
-    grad_v,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    heads,
-    blocks,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
-    radius_x,
-    scale,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    levels: tl.tensor,
+    peaks: tl.tensor,
+    grad_k: tl.tensor,
+    grad_v: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    grad_batch: tl.tensor,
+    grad_head: tl.tensor,
+    grad_row: tl.tensor,
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    scale: tl.tensor,
     EXACT_SCALE: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     DIM: tl.constexpr,
@@ -235,37 +335,36 @@ def keys_kernel(
     FIXED: tl.constexpr,
     MOVING: tl.constexpr,
     SURVEYED: tl.constexpr,
-    TAME: tl.constexpr,
-    LIMIT: tl.constexpr,
+    MODE: tl.constexpr,
     LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+) -> None:
     """Program (block of keys of a plane, chunk of components). The first blocks are seen by most, and come first."""
-    SUM: tl.constexpr = delta.dtype.element_ty
+    SUM: tl.constexpr = levels.dtype.element_ty
     if EXACT_SCALE is not None:
         scale = tl.full((), EXACT_SCALE, SUM)
     plane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     chunk = tl.program_id(1)
     peaks += plane.to(tl.int64) * (5 * PEAKS)
-    if SURVEYED:
-        if _is_tame(peaks, scale, LIMIT) != TAME:
-            return
+    if SURVEYED and _mode_of(peaks, scale) != MODE:
+        return
     unit = _unit_of(peaks, LIFT)
     first, count = block_of(block, frames, rows, columns, FIXED, LINE)
     length = frames * rows * columns
     dense = plane.to(tl.int64) * length
-    q_at = plane_at(q, plane, heads, q_batch, q_head, UNIT)
-    k_at = plane_at(k, plane, heads, k_batch, k_head, UNIT)
-    v_at = plane_at(v, plane, heads, v_batch, v_head, UNIT)
-    g_at = plane_at(grad, plane, heads, grad_batch, grad_head, UNIT)
-    keys = load_rows(k_at, k_row, first, first + count, 0, True, FIXED, DIM, D, UNIT)
-    values = load_rows(v_at, v_row, first, first + count, 0, True, FIXED, DIM, D, UNIT)
-    context = (keys, values, scale, unit, k_at, k_row, v_at, v_row, first, first + count, q_at, q_row, g_at, grad_row,
-               lse + dense, delta + dense, length, chunk, FIXED, MOVING, DIM, D, CHUNKS, UNIT, TAME, LIFT, PRECISION)  # fmt: skip
+    own = (first, first + count)
+    q_rows = (plane_at(q, plane, heads, q_batch, q_head, UNIT), q_row)
+    k_rows = (plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row)
+    v_rows = (plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row)
+    g_rows = (plane_at(grad, plane, heads, grad_batch, grad_head, UNIT), grad_row)
+    keys = load_rows(k_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
+    values = load_rows(v_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
+    tiles, tensors, known = (keys, values), (k_rows, v_rows, q_rows, g_rows), (lse + dense, levels + 2 * dense)
+    context = ((scale, unit), length, chunk, own, tiles, tensors, known)
+    grid = (frames, rows, columns, radius_t, radius_y, radius_x)
     state = (tl.zeros((FIXED, D), SUM), tl.zeros((FIXED, D), SUM))
     state = walk(
-        state, context, first, count, frames, rows, columns, radius_t, radius_y, radius_x, _key_tile, FIXED, MOVING, RULE,
-        LINE, WINDOW_Y, WINDOW_X, True
+        state, context, grid, first, count, _begin_for_keys, _finish_for_keys, FIXED, MOVING, RULE, LINE, WINDOW_T,
+        WINDOW_Y, WINDOW_X, True, DIM, D, CHUNKS, UNIT, MODE, LIFT
     )  # fmt: skip
     lowered: tl.constexpr = 2.0**-LIFT
     _store(grad_k, state[0] * (scale * unit * lowered), plane, length, first, count, chunk, FIXED, DIM, D)
@@ -274,38 +373,39 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*STRIDES, *GEOMETRY])
 def queries_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    peaks,
-    grad_q,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    heads,
-    blocks,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
-    radius_x,
-    scale,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    levels: tl.tensor,
+    peaks: tl.tensor,
+    grad_q: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    grad_batch: tl.tensor,
+    grad_head: tl.tensor,
+    grad_row: tl.tensor,
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    scale: tl.tensor,
     EXACT_SCALE: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     DIM: tl.constexpr,
@@ -315,40 +415,42 @@ def queries_kernel(
     FIXED: tl.constexpr,
     MOVING: tl.constexpr,
     SURVEYED: tl.constexpr,
-    TAME: tl.constexpr,
-    LIMIT: tl.constexpr,
+    MODE: tl.constexpr,
     LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+) -> None:
     """Program (block of queries of a plane, chunk of components). The last blocks see most, and come first."""
-    SUM: tl.constexpr = delta.dtype.element_ty
+    SUM: tl.constexpr = levels.dtype.element_ty
     if EXACT_SCALE is not None:
         scale = tl.full((), EXACT_SCALE, SUM)
     plane = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
     chunk = tl.program_id(1)
     peaks += plane.to(tl.int64) * (5 * PEAKS)
-    if SURVEYED:
-        if _is_tame(peaks, scale, LIMIT) != TAME:
-            return
+    if SURVEYED and _mode_of(peaks, scale) != MODE:
+        return
     unit = _unit_of(peaks, LIFT)
     first, count = block_of(block, frames, rows, columns, FIXED, LINE)
     length = frames * rows * columns
     dense = plane.to(tl.int64) * length
-    q_at = plane_at(q, plane, heads, q_batch, q_head, UNIT)
-    k_at = plane_at(k, plane, heads, k_batch, k_head, UNIT)
-    v_at = plane_at(v, plane, heads, v_batch, v_head, UNIT)
-    g_at = plane_at(grad, plane, heads, grad_batch, grad_head, UNIT)
-    queries = load_rows(q_at, q_row, first, first + count, 0, True, FIXED, DIM, D, UNIT)
-    grads = load_rows(g_at, grad_row, first, first + count, 0, True, FIXED, DIM, D, UNIT)
+    q_rows = (plane_at(q, plane, heads, q_batch, q_head, UNIT), q_row)
+    k_rows = (plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row)
+    v_rows = (plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row)
+    g_rows = (plane_at(grad, plane, heads, grad_batch, grad_head, UNIT), grad_row)
+    queries = load_rows(q_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
+    grads = load_rows(g_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
     row = tl.arange(0, FIXED)
-    norm = tl.load(lse + dense + first + row, mask=row < count, other=0.0)
-    level = tl.load(delta + dense + first + row, mask=row < count, other=0.0) * (1 / unit)
-    context = (queries, grads, norm, level, scale, unit, q_at, q_row, g_at, grad_row, first, first + count, k_at, k_row, v_at,
-               v_row, length, chunk, FIXED, MOVING, DIM, D, CHUNKS, UNIT, TAME, LIFT, PRECISION)  # fmt: skip
+    own = levels + 2 * (dense + first + row)
+    if MODE == CAREFUL:
+        norm = tl.load(lse + dense + first + row, mask=row < count, other=0.0)
+    else:
+        norm = tl.load(own, mask=row < count, other=0.0)
+    level = tl.load(own + 1, mask=row < count, other=0.0) * (1 / unit)
+    tiles, tensors, known = (queries, grads), (q_rows, g_rows, k_rows, v_rows), (norm, level)
+    context = ((scale, unit), length, chunk, (first, first + count), tiles, tensors, known)
+    grid = (frames, rows, columns, radius_t, radius_y, radius_x)
     state = walk(
-        (tl.zeros((FIXED, D), SUM),), context, first, count, frames, rows, columns, radius_t, radius_y, radius_x,
-        _query_tile, FIXED, MOVING, RULE, LINE, WINDOW_Y, WINDOW_X, False
+        (tl.zeros((FIXED, D), SUM),), context, grid, first, count, _begin_for_queries, _finish_for_queries, FIXED,
+        MOVING, RULE, LINE, WINDOW_T, WINDOW_Y, WINDOW_X, False, DIM, D, CHUNKS, UNIT, MODE, LIFT
     )  # fmt: skip
     lowered: tl.constexpr = 2.0**-LIFT
     _store(grad_q, state[0] * (scale * unit * lowered), plane, length, first, count, chunk, FIXED, DIM, D)

@@ -13,19 +13,28 @@ import triton
 import triton.language as tl
 
 from vpfast.kernels.masked_attention3d_forward import LOG2E
-from vpfast.kernels.masked_attention3d_mask import ends_of_mixed, far_lines, is_visible, sight
 from vpfast.kernels.masked_attention3d_mask import FRAME as BY_FRAME
+from vpfast.kernels.masked_attention3d_mask import ends_of_mixed, far_lines, is_visible, sight
 from vpfast.kernels.masked_attention3d_rows import plane_at, rows_at
 
 
 @triton.jit
-def _merged(top, higher):
+def _merged(top: tl.tensor, higher: tl.tensor) -> tl.tensor:
     """Exponentials measured from ``top`` times this are measured from ``higher``, which may be that of nothing."""
     return tl.exp2((top - tl.where(higher == float("-inf"), 0.0, higher)) * LOG2E)
 
 
 @triton.jit
-def _ends_in_frame(at, rows, columns, radius_y, radius_x, begin, end, WINDOW_X: tl.constexpr):
+def _ends_in_frame(
+    at: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    WINDOW_X: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
     """The interval [begin, end) of a frame, from the first to the last key that a window in x leaves of it."""
     if WINDOW_X:
         y, x = at // columns % rows, at % columns
@@ -41,34 +50,35 @@ def _ends_in_frame(at, rows, columns, radius_y, radius_x, begin, end, WINDOW_X: 
     ]
 )  # fmt: skip
 def decode_kernel(
-    q,
-    k,
-    v,
-    positions,
-    out,
-    tops,
-    totals,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    heads,
-    count,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
-    radius_x,
-    scale,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    positions: tl.tensor,
+    out: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    heads: tl.tensor,
+    count: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    scale: tl.tensor,
     EXACT_SCALE: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     DIM: tl.constexpr,
@@ -77,7 +87,7 @@ def decode_kernel(
     UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
-):
+) -> None:
     """Program (row of a plane, share of its keys, chunk of components). ``out`` (rows, d) is the result, or with SPLITS
     its parts (rows, SPLITS, d) beside ``tops`` and ``totals`` (rows, SPLITS); a total of -1 is that of nothing seen."""
     SUM: tl.constexpr = totals.dtype.element_ty
@@ -167,8 +177,14 @@ def decode_kernel(
 
 @triton.jit
 def combine_kernel(
-    parts, tops, totals, out, DIM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
+    parts: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    out: tl.tensor,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
     """Program (row, chunk of components): its SPLITS parts into one result."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     share = row * SPLITS + tl.arange(0, SPLITS)

@@ -32,72 +32,119 @@ from vpfast.kernels.masked_attention3d_rows import add_weighted, load_rows, peak
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-(2.0**30))  # below every score where a maximum runs, and far above what is hidden
+TAME, PLAIN, CAREFUL = (tl.constexpr(mode) for mode in range(3))
 PEAKS = tl.constexpr(256)  # of each plane, in parts that the survey's programs have gone through
 
 
 @triton.jit(do_not_specialize=["k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "heads", "length", "part"])
 def survey_kernel(
-    k,
-    v,
-    peaks,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    heads,
-    length,
-    part,
+    k: tl.tensor,
+    v: tl.tensor,
+    peaks: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    heads: tl.tensor,
+    length: tl.tensor,
+    part: tl.tensor,
     DIM: tl.constexpr,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     UNIT: tl.constexpr,
     SIZE: tl.constexpr,
-):
+) -> None:
     """``peaks`` (planes, 2, PEAKS): of every ``part`` rows of k and v the largest sum of squares, inf if one is not
     finite. Parts that do not exist are 0."""
     plane, index = tl.program_id(1), tl.program_id(0)
     start = index * part
     end = tl.minimum(start + part, length)
     to = peaks + plane.to(tl.int64) * (2 * PEAKS) + index
-    k_peak, k_strange = peak_of(plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)  # fmt: skip  # noqa: E501
-    v_peak, v_strange = peak_of(plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row, start, end, SIZE, DIM, D, CHUNKS, UNIT)  # fmt: skip  # noqa: E501
+    k_rows = (plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row)
+    v_rows = (plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row)
+    k_peak, k_strange = peak_of(k_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
+    v_peak, v_strange = peak_of(v_rows, start, end, SIZE, DIM, D, CHUNKS, UNIT)
     tl.store(to, tl.where(k_strange > 0, float("inf"), k_peak))
     tl.store(to + PEAKS, tl.where(v_strange > 0, float("inf"), v_peak))
 
 
 @triton.jit
-def is_tame(longest_squared, peaks, scale, LIMIT: tl.constexpr):
-    """Do rows up to this long see only small scores and finite values, no larger than 2^60?"""
+def _mode_of(longest_squared: tl.tensor, peaks: tl.tensor, scale: tl.tensor, LIMIT: tl.constexpr) -> tl.tensor:
+    """The MODE that queries up to this long are served in."""
     part = tl.arange(0, PEAKS)
     key_squared = tl.max(tl.load(peaks + part), 0)
     value_squared = tl.max(tl.load(peaks + PEAKS + part), 0)
     largest = tl.sqrt(longest_squared) * tl.sqrt(key_squared) * tl.abs(scale) * LOG2E
-    return (largest <= LIMIT) & (value_squared < 1e36)
+    finite = value_squared < 1e36
+    return tl.where((largest <= LIMIT) & finite, TAME, tl.where((largest <= 2**20) & finite, PLAIN, CAREFUL))
 
 
 @triton.jit
-def _tile(state, context, start, seen, MASKED: tl.constexpr):
-    """One tile of keys: ``state`` is the sum of weighted values, that of weights, the running maximum, and whether
-    anything was seen."""
-    out, total, top, found = state
-    (q, scale, q_at, q_row, first, first_end, k_at, k_row, v_at, v_row, length, chunk, FIXED, MOVING, DIM, D, CHUNKS, UNIT,
-     TAME, LIFT, PRECISION) = context  # fmt: skip
+def _begin(
+    context: tl.tuple,
+    start: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Of one tile of keys the scores, and its values."""
+    _, length, chunk, own, q, tensors = context
+    q_rows, k_rows, v_rows = tensors
     k = q
     if CHUNKS == 1:
-        k = load_rows(k_at, k_row, start, length, 0, MASKED, MOVING, DIM, D, UNIT)
-    v = load_rows(v_at, v_row, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
-    scores = products(
-        q, k, q_at, q_row, first, first_end, k_at, k_row, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT, PRECISION,
-        total.dtype
-    )  # fmt: skip
-    if TAME:
+        k = load_rows(k_rows, start, length, 0, MASKED, MOVING, DIM, D, UNIT)
+    v = load_rows(v_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
+    scores = products(q, k, q_rows, own, k_rows, start, length, FIXED, MOVING, DIM, D, CHUNKS, UNIT)
+    return scores, v
+
+
+@triton.jit
+def _finish(
+    state: tl.tuple,
+    context: tl.tuple,
+    begun: tl.tuple,
+    seen: tl.tensor,
+    penalty: tl.tensor,
+    MASKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MOVING: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """With it, ``state``: the sum of weighted values, that of weights, the running maximum, and whether anything was
+    seen."""
+    out, total, top, found = state
+    scale = context[0]
+    scores, v = begun
+    if MODE == TAME:
         scores = scores * (scale * LOG2E)
         if MASKED:
-            scores = tl.where(seen, scores, float("-inf"))
+            scores += penalty
         weights = tl.exp2(scores)
         total += tl.sum(weights, 1)
+    elif MODE == PLAIN:
+        scores = scores * (scale * LOG2E)
+        if MASKED:
+            scores += penalty
+        higher = tl.maximum(top, tl.max(scores, 1))
+        kept = tl.exp2(top - higher)
+        weights = tl.exp2(scores - (higher - LIFT)[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        out = out * kept[:, None]
+        top = higher
     else:
         scores = scores * scale
         if MASKED:
@@ -112,7 +159,7 @@ def _tile(state, context, start, seen, MASKED: tl.constexpr):
         total = total * kept + tl.sum(weights, 1)
         out = out * kept[:, None]
         top = higher
-    out = add_weighted(out, weights, seen, v, MASKED and not TAME, PRECISION)
+    out = add_weighted(out, weights, seen, v, MASKED and MODE == CAREFUL)
     return out, total, top, found
 
 
@@ -123,33 +170,34 @@ def _tile(state, context, start, seen, MASKED: tl.constexpr):
     ]
 )  # fmt: skip
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    peaks,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    heads,
-    blocks,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
-    radius_x,
-    scale,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    peaks: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    scale: tl.tensor,
     EXACT_SCALE: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     DIM: tl.constexpr,
@@ -159,11 +207,10 @@ def forward_kernel(
     FIXED: tl.constexpr,
     MOVING: tl.constexpr,
     SURVEYED: tl.constexpr,
-    TAME: tl.constexpr,
+    MODE: tl.constexpr,
     LIMIT: tl.constexpr,
     LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+) -> None:
     """Program (block of a plane, chunk of components of the result); ``out`` and ``lse`` are dense."""
     SUM: tl.constexpr = lse.dtype.element_ty
     if EXACT_SCALE is not None:
@@ -173,33 +220,36 @@ def forward_kernel(
     chunk = tl.program_id(1)
     first, count = block_of(block, frames, rows, columns, FIXED, LINE)
     length = frames * rows * columns
-    q_at = plane_at(q, plane, heads, q_batch, q_head, UNIT)
-    k_at = plane_at(k, plane, heads, k_batch, k_head, UNIT)
-    v_at = plane_at(v, plane, heads, v_batch, v_head, UNIT)
-    queries = load_rows(q_at, q_row, first, first + count, 0, True, FIXED, DIM, D, UNIT)
+    q_rows = (plane_at(q, plane, heads, q_batch, q_head, UNIT), q_row)
+    k_rows = (plane_at(k, plane, heads, k_batch, k_head, UNIT), k_row)
+    v_rows = (plane_at(v, plane, heads, v_batch, v_head, UNIT), v_row)
+    queries = load_rows(q_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
     if SURVEYED:
         wide = queries.to(tl.float32)
         longest = tl.max(tl.sum(wide * wide, 1), 0)
-        if is_tame(longest, peaks + plane.to(tl.int64) * (2 * PEAKS), scale, LIMIT) != TAME:
+        if _mode_of(longest, peaks + plane.to(tl.int64) * (2 * PEAKS), scale, LIMIT) != MODE:
             return
 
     state = (
         tl.zeros((FIXED, D), SUM),
         tl.zeros((FIXED,), SUM),
-        tl.full((FIXED,), float("-inf"), SUM),
+        tl.full((FIXED,), float("-inf") if MODE == CAREFUL else LOWEST, SUM),
         tl.zeros((FIXED,), tl.int32),
     )
-    context = (queries, scale, q_at, q_row, first, first + count, k_at, k_row, v_at, v_row, length, chunk, FIXED, MOVING, DIM,
-               D, CHUNKS, UNIT, TAME, LIFT, PRECISION)  # fmt: skip
+    context = (scale, length, chunk, (first, first + count), queries, (q_rows, k_rows, v_rows))
+    grid = (frames, rows, columns, radius_t, radius_y, radius_x)
     state = walk(
-        state, context, first, count, frames, rows, columns, radius_t, radius_y, radius_x, _tile, FIXED, MOVING, RULE, LINE,
-        WINDOW_Y, WINDOW_X, False
+        state, context, grid, first, count, _begin, _finish, FIXED, MOVING, RULE, LINE, WINDOW_T, WINDOW_Y, WINDOW_X,
+        False, DIM, D, CHUNKS, UNIT, MODE, LIFT
     )  # fmt: skip
     result, total, top, found = state
 
-    if TAME:
+    if MODE == TAME:
         blind = total == 0
         norm = tl.log(total)
+    elif MODE == PLAIN:
+        blind = total == 0
+        norm = (top - LIFT) * LN2 + tl.log(total)
     else:
         blind = found == 0
         norm = top + (tl.log(total) - LIFT * LN2)

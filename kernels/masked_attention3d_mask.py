@@ -27,10 +27,31 @@ import triton.language as tl
 RULES = ("raster", "raster_strict", "past_frames", "separable", "eq6")
 RASTER, STRICT, PAST, SEPARABLE, EQ6 = (tl.constexpr(rule) for rule in range(5))
 SEQUENCE, FRAME, ROW, MIXED = (tl.constexpr(line) for line in range(4))
+PENALTY = tl.constexpr(2.0**100)
+
+
+@triton.constexpr_function
+def _is_strict(rule: int) -> bool:
+    """Does a raster position that counts hide itself?"""
+    return rule in (1, 4)
+
+
+@triton.constexpr_function
+def _cuts_far(rule: int) -> bool:
+    """Does the raster position count in other frames too?"""
+    return rule in (3, 4)
+
+
+@triton.constexpr_function
+def _hides_near(rule: int) -> bool:
+    """Is the query's own frame hidden?"""
+    return rule in (2, 4)
 
 
 @triton.jit
-def block_of(block, frames, rows, columns, SIZE: tl.constexpr, LINE: tl.constexpr):
+def block_of(
+    block: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor, SIZE: tl.constexpr, LINE: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """The first position of a block, and how many there are."""
     line = rows * columns
     if LINE == ROW:
@@ -44,17 +65,17 @@ def block_of(block, frames, rows, columns, SIZE: tl.constexpr, LINE: tl.constexp
 
 @triton.jit
 def sight(
-    at,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
+    at: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     OF_KEYS: tl.constexpr,
-):
+) -> tuple[tl.tensor, ...]:
     """Intervals of a near and of a far line, (begin, end, begin, end): the keys that queries ``at`` see, or with
     ``OF_KEYS`` the queries that see keys ``at``. Counted from the start of the line. Of SEQUENCE and FRAME."""
     frame = rows * columns
@@ -75,22 +96,24 @@ def sight(
         begin = tl.maximum(y - radius_y, 0) * columns
         end = tl.minimum(y + radius_y + 1, rows) * columns
     # What the raster position in the frame adds, where it counts: up to it, or from it on.
-    strict: tl.constexpr = 1 if RULE == STRICT or RULE == EQ6 else 0
+    strict: tl.constexpr = 1 if _is_strict(RULE) else 0
     if OF_KEYS:
         cut_begin, cut_end = tl.maximum(begin, j + strict), end
     else:
         cut_begin, cut_end = begin, tl.minimum(end, j + 1 - strict)
-    far_is_cut: tl.constexpr = RULE == SEPARABLE or RULE == EQ6
+    far_is_cut: tl.constexpr = _cuts_far(RULE)
     far_begin, far_end = (cut_begin, cut_end) if far_is_cut else (begin, end)
-    near_is_hidden: tl.constexpr = RULE == PAST or RULE == EQ6
+    near_is_hidden: tl.constexpr = _hides_near(RULE)
     near_begin, near_end = (j * 0, j * 0) if near_is_hidden else (cut_begin, cut_end)
     return near_begin, near_end, far_begin, far_end
 
 
 @triton.jit
-def sight_in_row(x, cut, columns, radius_x, RULE: tl.constexpr, OF_KEYS: tl.constexpr):
+def sight_in_row(
+    x: tl.tensor, cut: tl.tensor, columns: tl.tensor, radius_x: tl.tensor, RULE: tl.constexpr, OF_KEYS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """The interval of a row; ``cut`` where it is the positions' own one and counts only up to them, or from them on."""
-    strict: tl.constexpr = 1 if RULE == STRICT or RULE == EQ6 else 0
+    strict: tl.constexpr = 1 if _is_strict(RULE) else 0
     begin = tl.maximum(x - radius_x, 0)
     end = tl.minimum(x + radius_x + 1, columns)
     if OF_KEYS:
@@ -102,9 +125,17 @@ def sight_in_row(x, cut, columns, radius_x, RULE: tl.constexpr, OF_KEYS: tl.cons
 
 @triton.jit
 def is_visible(
-    query, key, rows, columns, radius_t, radius_y, radius_x, RULE: tl.constexpr, WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr
-):  # fmt: skip
+    query: tl.tensor,
+    key: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    radius_y: tl.tensor,
+    radius_x: tl.tensor,
+    RULE: tl.constexpr,
+    WINDOW_Y: tl.constexpr,
+    WINDOW_X: tl.constexpr,
+) -> tl.tensor:
     """The rule itself, for every pair."""
     frame = rows * columns
     t, key_t = query // frame, key // frame
@@ -129,13 +160,20 @@ def is_visible(
 
 @triton.jit
 def ends_of_mixed(
-    first, last, frames, rows, columns, radius_t, RULE: tl.constexpr, OF_KEYS: tl.constexpr
-):  # fmt: skip
+    first: tl.tensor,
+    last: tl.tensor,
+    frames: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    radius_t: tl.tensor,
+    RULE: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
     """The stretch of the sequence that positions first .. last have to do with, where no line is told apart."""
     frame = rows * columns
     first_t, last_t = first // frame, last // frame
     if OF_KEYS:
-        begin = (first_t + 1) * frame if RULE == PAST or RULE == EQ6 else first
+        begin = (first_t + 1) * frame if _hides_near(RULE) else first
         return begin, tl.minimum(last_t + radius_t + 1, frames) * frame
     end = last + 1
     if RULE == STRICT:
@@ -148,7 +186,9 @@ def ends_of_mixed(
 
 
 @triton.jit
-def far_lines(at, frames, rows, columns, radius_t, OF_KEYS: tl.constexpr):
+def far_lines(
+    at: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor, radius_t: tl.tensor, OF_KEYS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """How many far frames there are, and the start of the first of them."""
     t = at // (rows * columns)
     if OF_KEYS:
@@ -158,7 +198,9 @@ def far_lines(at, frames, rows, columns, radius_t, OF_KEYS: tl.constexpr):
 
 
 @triton.jit
-def tiles_of(begin_first, end_first, begin_last, end_last, SIZE: tl.constexpr):
+def tiles_of(
+    begin_first: tl.tensor, end_first: tl.tensor, begin_last: tl.tensor, end_last: tl.tensor, SIZE: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Of a line, in tiles from ``begin_first`` on: how many, the first that is seen by all, and the end of those."""
     count = tl.cdiv(tl.maximum(end_last - begin_first, 0), SIZE)
     full = tl.minimum(tl.cdiv(begin_last - begin_first, SIZE), count)
@@ -168,41 +210,48 @@ def tiles_of(begin_first, end_first, begin_last, end_last, SIZE: tl.constexpr):
 
 @triton.jit
 def walk(
-    state,
-    context,
-    first,
-    count,
-    frames,
-    rows,
-    columns,
-    radius_t,
-    radius_y,
-    radius_x,
-    TILE: tl.constexpr,
+    state: tl.tuple,
+    context: tl.tuple,
+    grid: tl.tuple,
+    first: tl.tensor,
+    count: tl.tensor,
+    BEGIN: tl.constexpr,
+    FINISH: tl.constexpr,
     FIXED: tl.constexpr,
     MOVING: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     OF_KEYS: tl.constexpr,
-):
-    """Hand ``count`` positions from ``first`` on to ``TILE(state, context, start, seen, MASKED) -> state`` with every
-    tile of MOVING positions that has to do with them. ``seen`` (FIXED, MOVING) is of use where MASKED."""
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tl.tuple:
+    """Take ``count`` positions from ``first`` on through every tile of MOVING positions that has to do with them:
+    ``FINISH(state, context, BEGIN(context, start, MASKED), seen, penalty, MASKED)`` gives the next state. Where MASKED,
+    ``seen`` (FIXED, MOVING) tells what is seen, and ``penalty`` is 0 there and below -2^99 elsewhere. The latter is
+    made without a condition: of those the compiler packs a bit for every pair and takes them apart again. The last
+    constants are handed on; in a tuple they would be none."""
+    frames, rows, columns, radius_t, radius_y, radius_x = grid
     at = first + tl.arange(0, FIXED)
     last = first + count - 1
-    masks = (at, frames, rows, columns, radius_t, radius_y, radius_x)
     if LINE == MIXED:
         begin, end = ends_of_mixed(first, last, frames, rows, columns, radius_t, RULE, OF_KEYS)
         near = (begin, tl.cdiv(tl.maximum(end - begin, 0), MOVING), 0, 0)
         state = _walk_lines(
-            state, context, masks, near, (at, at), near, (at, at), 0, TILE, MOVING, RULE, LINE, WINDOW_Y, WINDOW_X, OF_KEYS
+            state, context, grid, at, near, (at, at), near, (at, at), 0, BEGIN, FINISH, FIXED, MOVING, RULE, LINE,
+            WINDOW_T, WINDOW_Y, WINDOW_X, OF_KEYS, DIM, D, CHUNKS, UNIT, MODE, LIFT
         )  # fmt: skip
     elif LINE == ROW:
         t, y, x = first // (rows * columns), first // columns % rows, at % columns
         above, below = tl.maximum(y - radius_y, 0), tl.minimum(y + radius_y + 1, rows)
-        far_is_cut: tl.constexpr = RULE == SEPARABLE or RULE == EQ6
-        near_is_hidden: tl.constexpr = 1 if RULE == PAST or RULE == EQ6 else 0
+        far_is_cut: tl.constexpr = _cuts_far(RULE)
+        near_is_hidden: tl.constexpr = 1 if _hides_near(RULE) else 0
         if OF_KEYS:
             first_frame, end_frame = t + near_is_hidden, tl.minimum(t + radius_t + 1, frames)
         else:
@@ -223,8 +272,8 @@ def walk(
                 near = ((frame * rows + row) * columns + of_first, tiles[0], tiles[1], tiles[2])
                 interval = (begin - of_first, end - of_first)
                 state = _walk_lines(
-                    state, context, masks, near, interval, near, interval, 0, TILE, MOVING, RULE, LINE, WINDOW_Y, WINDOW_X,
-                    OF_KEYS
+                    state, context, grid, at, near, interval, near, interval, 0, BEGIN, FINISH, FIXED, MOVING, RULE,
+                    LINE, WINDOW_T, WINDOW_Y, WINDOW_X, OF_KEYS, DIM, D, CHUNKS, UNIT, MODE, LIFT
                 )  # fmt: skip
     else:
         vectors = sight(at, frames, rows, columns, radius_t, radius_y, RULE, LINE, WINDOW_Y, OF_KEYS)
@@ -243,33 +292,44 @@ def walk(
         of_near = (vectors[0] - one[0], vectors[1] - one[0])
         of_far = (vectors[2] - one[2], vectors[3] - one[2])
         state = _walk_lines(
-            state, context, masks, near, of_near, far, of_far, lines, TILE, MOVING, RULE, LINE, WINDOW_Y, WINDOW_X, OF_KEYS
+            state, context, grid, at, near, of_near, far, of_far, lines, BEGIN, FINISH, FIXED, MOVING, RULE, LINE,
+            WINDOW_T, WINDOW_Y, WINDOW_X, OF_KEYS, DIM, D, CHUNKS, UNIT, MODE, LIFT
         )  # fmt: skip
     return state
 
 
 @triton.jit
 def _walk_lines(
-    state,
-    context,
-    masks,
-    near,
-    of_near,
-    far,
-    of_far,
-    lines,
-    TILE: tl.constexpr,
+    state: tl.tuple,
+    context: tl.tuple,
+    grid: tl.tuple,
+    at: tl.tensor,
+    near: tl.tuple,
+    of_near: tl.tuple,
+    far: tl.tuple,
+    of_far: tl.tuple,
+    lines: tl.tensor,
+    BEGIN: tl.constexpr,
+    FINISH: tl.constexpr,
+    FIXED: tl.constexpr,
     MOVING: tl.constexpr,
     RULE: tl.constexpr,
     LINE: tl.constexpr,
+    WINDOW_T: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
     OF_KEYS: tl.constexpr,
-):
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+    LIFT: tl.constexpr,
+) -> tl.tuple:
     """The near line and ``lines`` far ones, a frame apart. Of each: where its first tile starts, and ``tiles_of``;
     the intervals count from that start. One loop for tiles that are not masked, one for those that are: a line's end is
     a step in it, so that loads run ahead from one line to the next."""
-    at, frames, rows, columns, radius_t, radius_y, radius_x = masks
+    frames, rows, columns, radius_t, radius_y, radius_x = grid
     near_at, near_count, near_full, near_full_end = near
     far_at, far_count, far_full, far_full_end = far
     frame = rows * columns
@@ -283,7 +343,8 @@ def _walk_lines(
             left = tl.where(skip, far_tiles, left)
             following += tl.where(skip, frame, 0)
         for _ in range(near_tiles + lines * far_tiles):
-            state = TILE(state, context, start, at, False)
+            begun = BEGIN(context, start, False, FIXED, MOVING, DIM, D, CHUNKS, UNIT, MODE, LIFT)
+            state = FINISH(state, context, begun, at, at, False, FIXED, MOVING, DIM, D, CHUNKS, UNIT, MODE, LIFT)
             left -= 1
             over = left == 0
             start = tl.where(over, following, start + MOVING)
@@ -299,6 +360,7 @@ def _walk_lines(
     following = tl.where(is_near, far_at, far_at + frame)
     for _ in range(near_tiles + lines * far_tiles):
         start = origin + tile * MOVING
+        begun = BEGIN(context, start, True, FIXED, MOVING, DIM, D, CHUNKS, UNIT, MODE, LIFT)
         moving = tl.arange(0, MOVING)
         if LINE == MIXED:
             there = (start + moving)[None, :]
@@ -310,18 +372,28 @@ def _walk_lines(
                 seen = is_visible(
                     at[:, None], there, rows, columns, radius_t, radius_y, radius_x, RULE, WINDOW_Y, WINDOW_X
                 )  # fmt: skip
+            penalty = tl.where(seen, 0.0, -PENALTY)
         else:
             begin, end = of_near
             if LINE == FRAME:
                 begin, end = tl.where(is_near, begin, of_far[0]), tl.where(is_near, end, of_far[1])
-            offset = (tile * MOVING + moving)[None, :]
-            seen = (offset >= begin[:, None]) & (offset < end[:, None])
+            begin, end = (begin - tile * MOVING)[:, None], (end - tile * MOVING)[:, None]
+            seen = moving[None, :] < end
+            from_start = (moving.to(tl.float32) * PENALTY)[None, :]
+            penalty = tl.minimum((end.to(tl.float32) - 0.5) * PENALTY - from_start, 0.0)
+            if OF_KEYS or WINDOW_T or WINDOW_Y or LINE == ROW:  # else what is seen begins with the line
+                seen = seen & (moving[None, :] >= begin)
+                penalty += tl.minimum(from_start - (begin.to(tl.float32) - 0.5) * PENALTY, 0.0)
             if WINDOW_X and LINE == FRAME:
-                seen = seen & (tl.abs(((start + moving) % columns)[None, :] - (at % columns)[:, None]) <= radius_x)
-        state = TILE(state, context, start, seen, True)
+                near_x = tl.abs(((start + moving) % columns)[None, :] - (at % columns)[:, None]) <= radius_x
+                seen = seen & near_x
+                penalty = tl.where(near_x, penalty, -PENALTY)
+        state = FINISH(state, context, begun, seen, penalty, True, FIXED, MOVING, DIM, D, CHUNKS, UNIT, MODE, LIFT)
         if LINE != MIXED:
             tile += 1
-            tile = tl.where(tile == tl.where(is_near, near_full, far_full), tl.where(is_near, near_full_end, far_full_end), tile)
+            tile = tl.where(
+                tile == tl.where(is_near, near_full, far_full), tl.where(is_near, near_full_end, far_full_end), tile
+            )
             over = tile >= tl.where(is_near, near_count, far_count)
             tile = tl.where(over, far_first, tile)
             origin = tl.where(over, following, origin)
