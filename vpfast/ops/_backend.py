@@ -186,7 +186,13 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
 def autocast_is_on(tensor: torch.Tensor) -> bool:
     """Is ``torch.autocast`` enabled for the device of ``tensor``?"""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:
+    """Not traced: the compiler of torch 2.11 does not know this question."""
+    return torch.amp.is_autocast_available(device)
 
 
 def native_devices(qualified_op: str) -> tuple[str, ...]:
