@@ -279,6 +279,7 @@ def _scan_by_tile(
         CODES=64,
         BD=16,  # what a product takes at least: a thread holds this much of four vectors and four codewords
         num_warps=vectors // 8,
+        num_stages=3 if vectors == 64 else 2,
     )
 
 

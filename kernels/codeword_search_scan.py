@@ -51,7 +51,8 @@ def measure_codewords(
     A codeword that is not finite has a bias of -infinity and no length.
     """
     program = tl.program_id(0).to(tl.int64)
-    tl.store(unsure, 0, mask=program == 0)
+    if program == 0:
+        tl.store(unsure, 0)
     tile = program % tiles
     book = program // tiles * BOOKS + tl.arange(0, BOOKS)
     code = tile * CODES + tl.arange(0, CODES)
@@ -85,7 +86,7 @@ def places(
     """Where components d of vectors lie; DENSE: one vector after another, which lets Triton read them whole."""
     if DENSE:
         return z + vector * D + d
-    return z + vector * row + d * column
+    return z + vector * row + d.to(tl.int64) * column
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def scan_by_vector(
     """Codes and sums of VECTORS vectors, a book a vector. BD holds all of D, TILES all of `tiles`."""
     OWN: tl.constexpr = VECTORS if STRICT else 1
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    d = tl.arange(0, BD).to(tl.int64)
+    d = tl.arange(0, BD)
     inside = vector < N
     here = inside[:, None] & (d < D)[None, :]
     x = tl.load(places(z, vector[:, None], d[None, :], z_row, z_column, D, DENSE), mask=here, other=0).to(tl.float32)
@@ -247,7 +248,7 @@ def scan_by_tile(
         squares = tl.zeros([VECTORS], tl.float32)
         bad = tl.zeros([VECTORS], tl.int32)
         for begin in range(0, D, BD):
-            d = (begin + tl.arange(0, BD).to(tl.int64))[None, :]
+            d = (begin + tl.arange(0, BD))[None, :]
             at = places(z, vector[:, None], d, z_row, z_column, D, DENSE)
             x = tl.load(at, mask=inside[:, None] & (d < D), other=0).to(tl.float32)
             bad = tl.maximum(bad, tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32), 1))
@@ -269,7 +270,7 @@ def scan_by_tile(
                 k = first + lane
                 score = tl.zeros([VECTORS, CODES], tl.float32)
                 for begin in range(0, D, BD):
-                    d = begin + tl.arange(0, BD).to(tl.int64)
+                    d = begin + tl.arange(0, BD)
                     if LAYERED:
                         x = tl.load(residuals + d[None, :], mask=(d < D)[None, :], other=0)
                     else:
@@ -303,11 +304,12 @@ def scan_by_tile(
                 if LAYERED:
                     x = tl.load(residuals + d, mask=d < D, other=0)
                     tl.store(residuals + d, x - total, mask=d < D)
-                    total += tl.load(totals + d, mask=(d < D) & (layer > 0), other=0)
+                    if layer > 0:
+                        total += tl.load(totals + d, mask=d < D, other=0)
                     tl.store(totals + d, total, mask=d < D)
-                total = tl.where(finite[:, None], total, float("nan")).to(quantized.dtype.element_ty)
-                last = inside[:, None] & (d < D) & (layer == layers - 1)
-                tl.store(quantized + vector[:, None] * D + d, total, mask=last)
+                if layer == layers - 1:
+                    sums = tl.where(finite[:, None], total, float("nan")).to(quantized.dtype.element_ty)
+                    tl.store(quantized + vector[:, None] * D + d, sums, mask=inside[:, None] & (d < D))
             if LAYERED:
                 tl.debug_barrier()
         _hand_over(unsure, vector, inside & finite & ~sure)
@@ -335,7 +337,7 @@ def decide(
 ) -> None:
     """Codes and sums by distances in float64, of the vectors on the list, or of ALL. BD holds all of D."""
     OWN: tl.constexpr = VECTORS if STRICT else 1
-    d = tl.arange(0, BD).to(tl.int64)
+    d = tl.arange(0, BD)
     count = N if ALL else tl.load(unsure)
     for start in range(tl.program_id(0).to(tl.int64) * VECTORS, count, tl.num_programs(0) * VECTORS):
         vector = start + tl.arange(0, VECTORS)

@@ -99,7 +99,7 @@ def collect(
     place = place[:, None] + tl.arange(0, LENGTH)[None, :]
     valid = used[:, None] & (place < end[:, None])
     vector = tl.load(order + place, mask=valid, other=0)
-    d = tl.arange(0, BD).to(tl.int64)[None, None, :]
+    d = tl.arange(0, BD)[None, None, :]
     here = valid[:, :, None] & (d < D)
     at = places(source, vector[:, :, None], d, source_row, source_column, D, DENSE)
     x = tl.load(at, mask=here, other=0)
@@ -170,8 +170,8 @@ def add_chunks(
         if COUNTED:
             count += tl.sum(tl.load(counts + chunk, mask=there, other=0).to(tl.int64), 1)
     tl.store(row_sums + row[:, None] * D + d[None, :], total, mask=(row < rows)[:, None] & (d < D)[None, :])
-    if COUNTED:
-        tl.store(row_counts + row, count.to(tl.float64), mask=(row < rows) & (tl.program_id(1) == 0))
+    if COUNTED and tl.program_id(1) == 0:
+        tl.store(row_counts + row, count.to(tl.float64), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -206,9 +206,9 @@ def climb(
     if COUNTED:
         e = tl.load(table + at, mask=there & (count > 0)[:, None], other=0).to(tl.float64)
         total += count[:, None] * e
-        once = (row < rows) & (tl.program_id(1) == 0)
-        tl.store(counts_here + row, count, mask=once)
-        tl.store(counts + row, count.to(counts.dtype.element_ty), mask=once)
+        if tl.program_id(1) == 0:
+            tl.store(counts_here + row, count, mask=row < rows)
+            tl.store(counts + row, count.to(counts.dtype.element_ty), mask=row < rows)
     tl.store(here + at, total, mask=there)
     tl.store(sums + at, _from_double(total, sums.dtype.element_ty), mask=there)
 
@@ -283,7 +283,7 @@ def pull_vectors(
 ) -> None:
     """grad_z = grad (where GIVEN) + sum_i weights[i] xi^i. BD holds all of D."""
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    d = tl.arange(0, BD).to(tl.int64)
+    d = tl.arange(0, BD)
     inside = vector < N
     here = inside[:, None] & (d < D)[None, :]
     at = places(z, vector[:, None], d[None, :], z_row, z_column, D, DENSE)
