@@ -106,13 +106,13 @@ def _forward_tiles(clip: Clip, dtype: torch.dtype, padded: int, mode: int) -> Ti
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 2) if padded <= 32 else Tiles(32, 16, 4, 1)
     if mode == CAREFUL:
-        return Tiles(64, 32, 4 if padded <= 64 else 8, 2)
+        return Tiles(64, 32, 4 if padded <= 32 else 8, 2)
     return Tiles(128, 64, 4 if padded == 64 and clip.is_simple else 8, 2 if padded <= 32 else 3)
 
 
 def _backward_tiles(dtype: torch.dtype, padded: int, mode: int) -> Tiles:
-    """Half precision: 64 x 64 pairs in 4 warps, with two tiles of scores at a time, take 130 to 160 registers at d = 16:
-    three programs an SM. Longer heads take fewer pairs, or more warps."""
+    """Half precision: 64 x 64 pairs in 4 warps, with two tiles of scores at a time, take 140 to 160 registers at d =
+    16, three programs an SM. Longer heads take fewer pairs, or more warps."""
     if dtype == torch.float64:
         return Tiles(16, 16, 4, 1)
     if dtype == torch.float32:
