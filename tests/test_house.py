@@ -1,6 +1,7 @@
 """The shape of the house: every operator has its rooms, and imports run down the floors."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ ROOMS = (
     "vpfast/ops/{op}/README.md",
     "csrc/{op}/{op}_cpu.cpp",
     "csrc/{op}/{op}_math.h",
+    "csrc/{op}/{op}_cuda.cu",
+    "kernels/{op}.py",
     "tests/ops/test_{op}.py",
+    "tests/ops/test_{op}_gpu.py",
     "benchmarks/ops/bench_{op}.py",
 )
+
+# On a GPU Triton serves this operator; see its page.
+WITHOUT = {"csrc/masked_attention3d/masked_attention3d_cuda.cu"}
 
 # A part may import itself and the parts below it. `data`, `metrics` and `visual` stand on the ground.
 MAY_IMPORT = {
@@ -37,7 +44,20 @@ MAY_IMPORT = {
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_operator_has_its_rooms(op, room):
-    assert (ROOT / room.format(op=op)).is_file()
+    assert (ROOT / room.format(op=op)).is_file() != (room.format(op=op) in WITHOUT)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_an_operator_says_of_its_cuda_source_is_so(op):
+    backends = importlib.import_module(f"vpfast.ops.{op}.register").backends
+    assert backends.cuda_source == (ROOT / f"csrc/{op}/{op}_cuda.cu").is_file()
+    assert backends.triton == (ROOT / f"kernels/{op}.py").is_file()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_triton_kernel_is_compiled_ahead_of_time(op):
+    defined = {node.name for node in ast.parse((ROOT / f"kernels/{op}.py").read_text()).body if hasattr(node, "name")}
+    assert "ahead_of_time" in defined
 
 
 def test_there_are_operators():
