@@ -92,7 +92,7 @@ def assert_accurate(place, cases, dtype, scale=None, factor=1.0):
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [(3, 4, 5), (2, 9, 9)], ids=["short frames", "frames"])
+@pytest.mark.parametrize("grid", [(3, 4, 5), (2, 9, 9) if CUDA else (2, 6, 11)], ids=["short frames", "frames"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mask(request, served, poisoned, name, grid):
     windows = [None, (1, 1, 1), (0, None, 3), (None, 2, None)]
@@ -101,7 +101,7 @@ def test_every_mask(request, served, poisoned, name, grid):
     assert_accurate(served, [(grid, Mask3d(name, window), 16) for window in windows], torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["raster", "eq6"])
+@pytest.mark.parametrize("name", ["eq6", "raster"][SOME])
 def test_rows_walked_one_by_one(place, poisoned, name):
     assert_accurate(place, [((1, 2, 140), Mask3d(name, (None, 1, 9)), 8)], torch.float16)
 
@@ -113,13 +113,15 @@ def test_every_mask_on_every_grid(served, poisoned, mask, dtype):
     assert_accurate(served, [(grid, mask, 24) for grid in [*GRIDS, (4, 12, 12), (3, 16, 20), (2, 3, 300)]], dtype)
 
 
+@pytest.mark.parametrize("served", ["surveyed", "short"][SOME], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 24, 40, 130] if not CUDA else [1, 3, 8, 16, 17, 24, 32, 64, 80, 128, 130, 300])
+@pytest.mark.parametrize("dim", [1, 40, 130] if not CUDA else [1, 3, 8, 16, 17, 24, 32, 64, 80, 128, 130, 300])
 def test_every_head_dimension(served, poisoned, dim, dtype):
     grid = (3, 9, 9) if CUDA else (2, 3, 4)
     assert_accurate(served, [(grid, Mask3d("separable", (1, None, None)), dim)], dtype)
 
 
+@pytest.mark.parametrize("served", ["surveyed", "short"][SOME], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(("scale", "factor"), [(3.0, 1.0), (-0.5, 1e-6), (0.0, 300.0)])
 def test_scores_and_gradients_of_any_size(served, dtype, scale, factor):
@@ -163,7 +165,7 @@ def test_long_clips(place, name, dtype, dim):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_query_that_sees_nothing_gives_0_and_gets_0(served, poisoned, name, dtype):
     grid = (2, 8, 9) if CUDA else (2, 3, 4)
-    for window in (None, (0, 0, 0)):
+    for window in [None, (0, 0, 0)][SOME]:
         mask = Mask3d(name, window)
         out, lse, grad_q, grad_k, grad_v = attention(*there(served, inputs(grid, 8, 1, 1, dtype)), grid, mask)
         seen = mask.visible(grid)
@@ -231,6 +233,7 @@ def test_infinities_that_are_seen_follow_the_formula(served, dtype):
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("served", ["surveyed", "short"][SOME], indirect=True)
 @pytest.mark.parametrize("case", strided_cases())
 def test_strides(served, poisoned, case):
     tensors, mask = strided_cases()[case], Mask3d("eq6", (None, 1, 1))
@@ -462,7 +465,7 @@ def test_a_gpu_is_served_by_triton():
 
 
 @pytest.mark.parametrize("axial", [False, True])
-@pytest.mark.parametrize("name", ["raster", "eq6"])
+@pytest.mark.parametrize("name", ["eq6", "raster"][SOME])
 def test_module(place, name, axial):
     """Whole and step by step, against the reference."""
     grid = (2, 3, 4)

@@ -76,7 +76,7 @@ def _walk_kernel(
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("of_keys", [False, True], ids=["keys of queries", "queries of keys"])
 @pytest.mark.parametrize(
-    "mask", [*MASKS, Mask3d("separable", (1, 2, None)), Mask3d("raster", (None, None, 9))], ids=str
+    "mask", [*MASKS, Mask3d("raster", (None, None, 9))][:: 1 if torch.cuda.is_available() else 2], ids=str
 )
 def test_tiles(mask, of_keys):
     device = "cuda" if torch.cuda.is_available() else "cpu"
