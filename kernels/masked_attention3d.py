@@ -259,7 +259,7 @@ def masked_attention3d(
     if len(modes) > 1:
         peaks = q.new_zeros((planes, 2, PEAKS), dtype=torch.float32)
         part = _part(clip.length)
-        survey_kernel[(-(-clip.length // part), planes)](
+        survey_kernel[(planes, -(-clip.length // part))](
             k, v, peaks, *_strides(unit, k, v), heads, clip.length, part,
             DIM=dim, D=rows.padded, CHUNKS=rows.chunks, UNIT=unit, SIZE=64, num_warps=4,
         )  # fmt: skip
@@ -302,7 +302,7 @@ def masked_attention3d_backward(
     levels = lse.new_empty((*lse.shape, 2))
     peaks = q.new_zeros((planes, 5, PEAKS), dtype=torch.float32) if surveyed else levels
     part = _part(clip.length)
-    levels_kernel[(-(-clip.length // part), planes)](
+    levels_kernel[(planes, -(-clip.length // part))](
         q, k, v, grad, out, lse, levels, peaks, *strides, heads, clip.length, part,
         DIM=dim, D=rows.padded, CHUNKS=rows.chunks, UNIT=unit, SIZE=64, SURVEYED=surveyed, LIFT=lift, num_warps=4,
     )  # fmt: skip

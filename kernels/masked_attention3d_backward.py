@@ -65,7 +65,7 @@ def levels_kernel(
     (planes, 5, PEAKS): of every ``part`` rows of q, k, v and grad the largest sum of squares of a finite one, and
     whether there is another."""
     SUM: tl.constexpr = levels.dtype.element_ty
-    index, plane = tl.program_id(0), tl.program_id(1)
+    plane, index = tl.program_id(0), tl.program_id(1)
     start = index * part
     end = tl.minimum(start + part, length)
     g_rows = (plane_at(grad, plane, heads, grad_batch, grad_head, UNIT), grad_row)
@@ -168,7 +168,7 @@ def _begin_for_keys(
     q = load_rows(q_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
     g = load_rows(g_rows, start, length, chunk, MASKED, MOVING, DIM, D, UNIT)
     row = start + tl.arange(0, MOVING)
-    both = levels + (row[:, None] * 2 + tl.arange(0, 2)[None, :])
+    both = levels + 2 * start.to(tl.int64) + (tl.arange(0, MOVING)[:, None] * 2 + tl.arange(0, 2)[None, :])
     if MASKED:
         norm, level = tl.split(tl.load(both, mask=(row < length)[:, None], other=0.0))
     else:

@@ -59,7 +59,7 @@ def survey_kernel(
 ) -> None:
     """``peaks`` (planes, 2, PEAKS): of every ``part`` rows of k and v the largest sum of squares, inf if one is not
     finite. Parts that do not exist are 0."""
-    plane, index = tl.program_id(1), tl.program_id(0)
+    plane, index = tl.program_id(0), tl.program_id(1)
     start = index * part
     end = tl.minimum(start + part, length)
     to = peaks + plane.to(tl.int64) * (2 * PEAKS) + index
@@ -264,4 +264,4 @@ def forward_kernel(
         result.to(out.dtype.element_ty),
         mask=inside[:, None] & (column < DIM)[None, :],
     )
-    tl.store(lse + to + row, norm, mask=inside & (chunk == 0))
+    tl.store(lse + to + row, norm, mask=row < tl.where(chunk == 0, count, 0))
