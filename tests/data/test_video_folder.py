@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from vpfast.data import DataError, VideoError, VideoFolder, read_video, video_folder
+from vpfast.data import DataError, VideoError, VideoFolder, _clips, read_video, video_folder
 from vpfast.data._files import natural_key
 
 
@@ -59,7 +59,7 @@ def test_every_window_fits_and_none_is_missing(tmp_path_factory, frames, length,
     for number, count in enumerate(frames):
         array = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1)
         path = root / f"{number}.npy"
-        path.write_bytes(video_folder._npy_header(array.shape) + array.tobytes())
+        path.write_bytes(_clips.npy_header(array.shape) + array.tobytes())
         assert np.array_equal(np.load(path), array)
         videos.append(video_folder.Video(path, path, array.shape))
     original = video_folder.find_videos, video_folder._decoded

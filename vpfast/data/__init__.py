@@ -3,7 +3,8 @@
 from vpfast.data.errors import DataError, VideoError
 from vpfast.data.idx import read_idx
 from vpfast.data.moving_digits import MovingDigits
+from vpfast.data.prepared import PreparedClips
 from vpfast.data.video import read_video
 from vpfast.data.video_folder import VideoFolder
 
-__all__ = ["DataError", "MovingDigits", "VideoError", "VideoFolder", "read_idx", "read_video"]
+__all__ = ["DataError", "MovingDigits", "PreparedClips", "VideoError", "VideoFolder", "read_idx", "read_video"]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vpfast.data._clips import as_clip
 from vpfast.data.errors import DataError
 from vpfast.data.idx import read_idx
 from vpfast.data.resize import resize
@@ -99,14 +100,16 @@ class MovingDigits(Dataset[Tensor]):
         return self.count
 
     def __getitem__(self, index: int) -> Tensor:
+        return as_clip(self.frames(index)).unsqueeze(1)
+
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        """The clip as uint8 (length, size, size)."""
         if not -self.count <= index < self.count:
             raise IndexError(f"index {index} in a set of {self.count} clips")
         index %= self.count
         if self._fixed_clips is not None:
-            frames = np.array(_open_npy(self._fixed_clips)[: self.length, index])
-        else:
-            frames = self._generate(index)
-        return torch.from_numpy(frames).unsqueeze(1).to(torch.float32).div_(255)
+            return np.array(_open_npy(self._fixed_clips)[: self.length, index])
+        return self._generate(index)
 
     def _generate(self, index: int) -> NDArray[np.uint8]:
         key = np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(self.split), index))
@@ -160,13 +163,19 @@ def _open_npy(path: Path) -> NDArray[np.uint8]:
     return array
 
 
+def find_idx(folder: Path, split: Split) -> Path | None:
+    """MNIST's file of the images that clips of ``split`` are made from, plain or ``.gz``; None where there is none."""
+    stem = _IDX_NAMES["test" if split == "test" else "train"]
+    candidates = [folder / (stem + ending) for ending in _IDX_ENDINGS]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
 def _idx_digits(path: Path, split: Split) -> NDArray[np.uint8]:
     if not path.is_dir():
         return read_idx(path)
-    stem = _IDX_NAMES["test" if split == "test" else "train"]
-    candidates = [path / (stem + ending) for ending in _IDX_ENDINGS]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = find_idx(path, split)
     if found is None:
+        stem = _IDX_NAMES["test" if split == "test" else "train"]
         raise DataError(f"{path}: holds no {stem}-idx3-ubyte or {stem}-idx3-ubyte.gz, which split={split!r} needs")
     images = read_idx(found)
     first_val = len(images) - len(images) // 12

@@ -1,6 +1,5 @@
 """Any folder of videos as a data set of clips; each video is decoded once into a memory-mapped array."""
 
-import bisect
 import hashlib
 import json
 import os
@@ -9,17 +8,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vpfast.data._clips import Shape, Windows, array_bytes, as_clip, read_frames, write_frames
 from vpfast.data._files import natural_key, replacing
-from vpfast.data.errors import DataError, VideoError
+from vpfast.data.errors import VideoError
 from vpfast.data.resize import Fit, Size, parse_size
 from vpfast.data.video import IMAGE_SUFFIXES, images_in, iter_video
 
@@ -28,7 +26,6 @@ VIDEO_SUFFIXES = frozenset(
     | {".y4m", ".mxf", ".apng"}
 )
 
-_HEADER_BYTES = 128
 _FORMAT = 2  # part of every cache key: a change in what is stored must not meet files of before
 
 
@@ -38,22 +35,15 @@ class Video:
 
     path: Path
     array: Path
-    shape: tuple[int, int, int, int]
+    shape: Shape
 
     @property
     def frames(self) -> int:
         return self.shape[0]
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
-        # Mapped anew for every window: a map held open costs a file descriptor, and data sets have thousands of videos.
-        offset = _HEADER_BYTES + start * int(np.prod(self.shape[1:]))
-        try:
-            return np.array(np.memmap(self.array, np.uint8, "r", offset, (count, *self.shape[1:])))
-        except (OSError, ValueError) as error:  # ValueError: shorter than it was
-            raise DataError(
-                f"{self.array}: the decoded frames of {self.path} can no longer be read ({error}); "
-                "build the data set again, which decodes what its cache lacks"
-            ) from error
+        remedy = "build the data set again, which decodes what its cache lacks"
+        return read_frames(self.array, self.shape, start, count, str(self.path), remedy)
 
 
 class VideoFolder(Dataset[Tensor]):
@@ -116,23 +106,19 @@ class VideoFolder(Dataset[Tensor]):
                 f"{self.root}: no clip of {length} frames; found {len(videos)} "
                 f"{'video' if len(videos) == 1 else 'videos, the longest'} of {most} frames"
             )
-        self._ends = list(accumulate((video.frames - length) // self.step + 1 for video in self.videos))
+        self._windows = Windows([video.frames for video in self.videos], length, [self.step] * len(self.videos))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._windows)
 
     def __getitem__(self, index: int) -> Tensor:
         video, start = self.locate(index)
-        return torch.from_numpy(video.read(start, self.length)).to(torch.float32).div_(255)
+        return as_clip(video.read(start, self.length))
 
     def locate(self, index: int) -> tuple[Video, int]:
         """The video that a clip comes from, and the clip's first frame in it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} in a set of {len(self)} clips")
-        index %= len(self)
-        which = bisect.bisect_right(self._ends, index)
-        before = self._ends[which - 1] if which else 0
-        return self.videos[which], (index - before) * self.step
+        which, start = self._windows.locate(index)
+        return self.videos[which], start
 
 
 def default_cache() -> Path:
@@ -220,30 +206,16 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
     return [(name, fact.st_mtime_ns, fact.st_size) for name, fact in facts]
 
 
-def _known_shape(array: Path, index: Path) -> tuple[int, int, int, int] | None:
+def _known_shape(array: Path, index: Path) -> Shape | None:
     """The shape that the index gives, provided that the array is as long as that needs."""
     try:
         frames, channels, height, width = json.loads(index.read_text())["shape"]
-        complete = array.stat().st_size == _HEADER_BYTES + frames * channels * height * width
+        complete = array.stat().st_size == array_bytes((frames, channels, height, width))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (frames, channels, height, width) if complete else None
 
 
-def _store(path: Path, size: tuple[int, int] | None, channels: int, fit: Fit, array: Path) -> tuple[int, int, int, int]:
-    frames, shape = 0, (0, 0, 0)
+def _store(path: Path, size: tuple[int, int] | None, channels: int, fit: Fit, array: Path) -> Shape:
     with replacing(array) as file:
-        file.write(_npy_header((0, 0, 0, 0)))  # its length is fixed; the number of frames is known at the end
-        for frame in iter_video(path, size, channels, fit):
-            file.write(frame.numpy().tobytes())
-            frames, shape = frames + 1, (frame.shape[0], frame.shape[1], frame.shape[2])
-        file.seek(0)
-        file.write(_npy_header((frames, *shape)))
-    return (frames, *shape)
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """A version 1.0 ``.npy`` header of exactly 128 bytes, which any numpy reads."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
-    length = _HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n"
+        return write_frames(file, iter_video(path, size, channels, fit))
