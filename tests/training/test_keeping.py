@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from vpfast.training import OptimConfig, Stopped, checkpoint, engine, train
 from vpfast.training.config import to_dict
-from vpfast.training.files import clear_up
+from vpfast._files import clear_up
 
 
 def weights(folder):
@@ -146,7 +146,8 @@ def refuse(patch, name, number):
 
     def open_(path, mode="r", *args, **kwargs):
         file = opened(path, mode, *args, **kwargs)
-        return Full(file) if path.name == name and set(mode) & set("wa") else file
+        asked = path.name == name or path.name.startswith(f".{name}.")
+        return Full(file) if asked and set(mode) & set("wa") else file
 
     patch.setattr(Path, "open", open_)
     patch.setattr(Path, "write_bytes", lambda path, data: open_(path, "wb").write(data))
@@ -165,7 +166,7 @@ def test_what_a_kill_left_behind_is_cleared_up(tmp_path):
     for name in (".best.a.partial", ".best.b.old/best", ".weights.c.old/weights", "weights", "other"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_text(name)
-    (tmp_path / ".config.yaml.partial").touch()
+    (tmp_path / ".config.yaml.a.partial.yaml").touch()
     clear_up(tmp_path)
     assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
         "best": ".best.b.old/best",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vpfast.training.files import file_refusal, refusal
+from vpfast._files import file_refusal, refusal
 
 
 def check_out_folder(out: Path, force: bool, files: frozenset[str]) -> bool | frozenset[str]:

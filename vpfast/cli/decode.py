@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vpfast._files import new_file, new_folder
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file, check_out_folder
 from vpfast.cli._video import add_model_options, positive, read_autoencoder
 from vpfast.models import HRVQVAE, Codes
 from vpfast.models.shrvqvae import CodesError
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_file, new_folder
 from vpfast.training.recipes import counted
 from vpfast.visual import write_gif, write_mp4
 

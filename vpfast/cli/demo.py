@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vpfast import backend, ops
+from vpfast._files import new_folder, refusal
 from vpfast.cli import answered
 from vpfast.ops.codeword_search import register as codeword_search
 from vpfast.ops.edlstm_gates import register as edlstm_gates
@@ -30,7 +31,6 @@ from vpfast.ops.masked_attention3d import register as masked_attention3d
 from vpfast.training import DataConfig, OptimConfig, TrainConfig, checkpoint, train
 from vpfast.training.clips import dataset
 from vpfast.training.evaluation import evaluate, shown, together
-from vpfast.training.files import new_folder, refusal
 from vpfast.training.recipes import BASELINE
 from vpfast.visual import side_by_side, write_gif, write_strip
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vpfast._files import new_file
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file
 from vpfast.cli._video import add_video_options, batches, frame_size, from_zero, positive, read_autoencoder
@@ -14,7 +15,6 @@ from vpfast.data import VideoError
 from vpfast.data.video import iter_video
 from vpfast.models import HRVQVAE, Codes
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_file
 from vpfast.training.recipes import counted
 
 DESCRIPTION = (

@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from vpfast._files import write_file
 from vpfast.cli._measure import add_measuring_options, held_out, measured, read_first
 from vpfast.cli._options import Options
 from vpfast.cli._out import check_out_file
 from vpfast.training.evaluation import evaluate, shown, together
-from vpfast.training.files import write_file
 from vpfast.training.recipes import MODEL
 from vpfast.visual import write_strip
 

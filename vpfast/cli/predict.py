@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpfast._files import new_folder
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_folder
 from vpfast.cli._video import add_video_options, frame_size, from_zero, positive
@@ -17,7 +18,6 @@ from vpfast.data import VideoError, read_video
 from vpfast.models import MSPN, SHRVQVAE
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_folder
 from vpfast.training.recipes import Sampling, counted, recipe_of
 from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
 

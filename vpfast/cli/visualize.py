@@ -15,7 +15,7 @@ from vpfast.data import read_video
 from vpfast.metrics import VideoMetrics
 from vpfast.models import HRVQVAE, Codes
 from vpfast.training.device import pick_device
-from vpfast.training.files import new_folder
+from vpfast._files import new_folder
 from vpfast.training.recipes import counted
 from vpfast.visual import (
     fragment_blur,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
+from vpfast._files import new_file
 from vpfast._version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -55,14 +55,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        # The description travels inside the weights too: load() sees when the two files are of two different saves.
-        data = serialized(state, metadata={"vpfast": json.dumps(description)})
-        Path(temporary, WEIGHTS).write_bytes(data)
-        Path(temporary, CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        for name in (WEIGHTS, CONFIG):
-            _flush(Path(temporary, name))
-            os.replace(os.path.join(temporary, name), folder / name)
+    # The description travels inside the weights too: load() sees when the two files are of two different saves.
+    data = serialized(state, metadata={"vpfast": json.dumps(description)})
+    with new_file(folder / CONFIG, replace=True) as config, new_file(folder / WEIGHTS, replace=True) as weights:
+        weights.write_bytes(data)
+        config.write_text(json.dumps(description, indent=2) + "\n")
 
 
 def load(folder: str | os.PathLike[str]) -> nn.Module:
@@ -140,8 +137,3 @@ def _check_state(path: Path, found: dict[str, Tensor], needed: dict[str, Tensor]
                 f"{path}: {key!r} has shape {tuple(found[key].shape)}, but {CONFIG} beside it calls for "
                 f"{tuple(tensor.shape)}"
             )
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

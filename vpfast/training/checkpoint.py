@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from vpfast import models
+from vpfast._files import new_folder
 from vpfast.models.storage import CONFIG, WEIGHTS
 from vpfast.training.config import TrainConfig, from_dict, to_dict
-from vpfast.training.files import new_folder
 
 _TRAINING, _STATE, _PROGRESS = "training.json", "state.pt", "checkpoint.json"
 WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, _TRAINING})

@@ -24,7 +24,7 @@ from vpfast.training.average import Average
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
-from vpfast.training.files import clear_up, new_folder, unwritable, write_file
+from vpfast._files import clear_up, new_folder, unwritable, write_file
 from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
 from vpfast.training.update import Context

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from vpfast._files import write_file
 from vpfast.training.config import TrainConfig
-from vpfast.training.files import write_file
 from vpfast.visual import Series, write_curves, write_strip
 
 LINES, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from vpfast._files import clear_up, new_folder, write_file
 from vpfast.training import checkpoint, engine
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict, unknown_key
-from vpfast.training.files import clear_up, new_folder, write_file
 from vpfast.training.log import check_tensorboard
 from vpfast.training.network import build_model
 from vpfast.training.recipes import STAGES, recipe_named

@@ -1,15 +1,16 @@
 """What every picture starts from: frames as 8-bit RGB, and files that are either whole or not there."""
 
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from vpfast._files import new_file
 
 Pixels = NDArray[np.uint8]
 """uint8 (T, H, W, 3)."""
@@ -62,13 +63,6 @@ def check_rows(rows: Mapping[str, Tensor], context: int) -> tuple[dict[str, Pixe
     return pixels, steps
 
 
-@contextmanager
-def temporary_for(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Path of a temporary sibling; it takes the place of ``path`` in one step when the block ends well."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def temporary_for(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
+    """Path of a draft; it takes the place of ``path`` in one step when the block ends well."""
+    return new_file(Path(path), replace=True)

@@ -1,10 +1,11 @@
-"""Folders that are whole or not there."""
+"""Folders and files that are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from vpfast.training.files import new_folder, refusal, write_file
+from vpfast._files import new_file, new_folder, refusal, write_file
 
 
 def test_a_failure_leaves_nothing(tmp_path):
@@ -37,6 +38,59 @@ def test_a_file_is_replaced_at_once(tmp_path):
     write_file(tmp_path / "a.json", "1")
     write_file(tmp_path / "a.json", "2")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "2")]
+
+
+def test_a_draft_ends_as_its_file_does_and_every_writer_has_its_own(tmp_path):
+    path = tmp_path / "film.gif"
+    with new_file(path) as one, new_file(path) as other:
+        assert {one.suffix, other.suffix} == {".gif"}
+        assert len({one, other, path}) == 3
+        for draft in (one, other):
+            assert draft.name[0] == "."
+            draft.write_text(draft.name)
+        first = one.name
+        assert not path.exists()
+    assert path.read_text() == first  # which ended last
+
+
+@pytest.fixture
+def events(monkeypatch, tmp_path):
+    """What is forced to the disk and what gets its name, in order; drafts are called so."""
+    told = []
+
+    def name(path):
+        parts = Path(path).relative_to(tmp_path).parts
+        return "/".join("draft" if ".partial" in part else part for part in parts)
+
+    def fsync(handle, flush=os.fsync):
+        told.append(("flush", name(os.readlink(f"/proc/self/fd/{handle}"))))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for verb in ("rename", "replace"):
+        real = getattr(Path, verb)
+
+        def renamed(path, target, real=real):
+            told.append(("name", name(target)))
+            return real(path, target)
+
+        monkeypatch.setattr(Path, verb, renamed)
+    return told
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not tell the names of open files")
+def test_content_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, events):
+    with new_folder(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "x").write_text("x")
+        assert events == [("flush", "a"), ("flush", "")]  # that the new folders above are entered there
+        events.clear()
+    named = events.index(("name", "a/b/out"))
+    assert sorted(events[:named]) == [("flush", f"a/b/draft{inside}") for inside in ("", "/inner", "/inner/x")]
+    assert events[named + 1 :] == [("flush", "a/b")]
+    events.clear()
+    write_file(tmp_path / "a" / "x.json", "1")
+    assert events == [("flush", "a/draft"), ("name", "a/x.json"), ("flush", "a")]
 
 
 def test_a_file_that_cannot_be_written_leaves_no_draft(tmp_path):

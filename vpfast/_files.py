@@ -1,11 +1,14 @@
-"""Folders and files that are either whole or not there: written under another name, flushed to disk, then renamed."""
+"""Folders and files that are either whole or not there: written under another name, flushed to disk, then renamed.
+
+All parts of the package write this way. What is half-written has a hidden name that ends in ``.partial``.
+"""
 
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -22,17 +25,17 @@ def new_folder(path: Path, replace: bool | Collection[str] = False) -> Iterator[
     if (reason := refusal(path, replace)) is not None:
         raise FileExistsError(f"{path} {reason}")
     path = _absolute(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    _make(path.parent)
+    draft = _hidden(path, "partial")
+    draft.mkdir()
     try:
         yield draft
-        draft.chmod(0o777 & ~_umask())
-        flush(draft)
+        _flush(*draft.rglob("*"), draft)
         if path.exists():
             _swap(draft, path)
         else:
             draft.rename(path)
-        _flush_one(path.parent)
+        _flush(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -46,7 +49,7 @@ def refusal(path: Path, replace: bool | Collection[str] = False) -> str | None:
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
         return f"cannot be made: {above} is a file"
-    if not os.access(above, os.W_OK | os.X_OK):
+    if not _writable(above):
         return f"cannot be made: no permission to write in {above}"
     if not os.path.lexists(path):
         return None
@@ -64,14 +67,10 @@ def refusal(path: Path, replace: bool | Collection[str] = False) -> str | None:
     return None
 
 
-def _absolute(path: Path) -> Path:
-    """With a name of its own, which ``.`` has not, and without following a link to another place."""
-    return Path(os.path.abspath(path))
-
-
 def _swap(draft: Path, path: Path) -> None:
     """A folder with content cannot be renamed over, so the old one steps aside first, and back where that was all."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    aside = _hidden(path, "old")
+    aside.mkdir()
     old = aside / path.name
     try:
         path.rename(old)
@@ -84,48 +83,24 @@ def _swap(draft: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def clear_up(folder: Path) -> None:
-    """Undo in ``folder`` what was under way when a process was killed: drafts go, and what had stepped aside for a
-    draft that never came returns."""
-    for aside in folder.glob(".*.old"):
-        for old in aside.iterdir():
-            if not (folder / old.name).exists():
-                old.rename(folder / old.name)
-        shutil.rmtree(aside)
-    for draft in folder.glob(".*.partial"):
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        else:
-            draft.unlink()
-
-
-def unwritable(path: Path) -> str | None:
-    """Why nothing can be written to the folder ``path``, made where it is missing, as the end of a sentence."""
-    place = next(folder for folder in (_absolute(path), *_absolute(path).parents) if folder.exists())
-    return None if os.access(place, os.W_OK | os.X_OK) else f"cannot be written: no permission to write in {place}"
-
-
-def flush(folder: Path) -> None:
-    """Force every file in ``folder``, and the folder itself, to the disk."""
-    for path in folder.rglob("*"):
-        _flush_one(path)
-    _flush_one(folder)
-
-
 @contextmanager
 def new_file(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields the path of a file to write, which becomes ``path`` when the block ends and vanishes when it fails.
+
+    It ends as ``path`` does, for writers that go by that. Two processes may write the same file at once: each has a
+    draft of its own, and the last to end wins.
 
     Raises:
         FileExistsError: ``path`` cannot be written, or exists and may not be replaced.
     """
     if (reason := file_refusal(path, replace)) is not None:
         raise FileExistsError(f"{path} {reason}")
-    draft = path.with_name(f".{path.name}.partial")
+    draft = _hidden(path, f"partial{path.suffix}")
     try:
         yield draft
-        _flush_one(draft)
+        _flush(draft)
         draft.replace(path)
+        _flush(path.absolute().parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -137,7 +112,7 @@ def file_refusal(path: Path, replace: bool = False) -> str | None:
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"cannot be written: there is no folder {folder}"
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _writable(folder):
         return f"cannot be written: no permission to write in {folder}"
     return "exists already" if os.path.lexists(path) and not replace else None
 
@@ -148,15 +123,53 @@ def write_file(path: Path, text: str) -> None:
         draft.write_text(text)
 
 
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def clear_up(folder: Path) -> None:
+    """Undo in ``folder`` what was under way when a process was killed: drafts go, and what had stepped aside for a
+    draft that never came returns."""
+    for aside in folder.glob(".*.old"):
+        for old in aside.iterdir():
+            if not (folder / old.name).exists():
+                old.rename(folder / old.name)
+        shutil.rmtree(aside)
+    for draft in folder.glob(".*.partial*"):
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def unwritable(path: Path) -> str | None:
+    """Why nothing can be written to the folder ``path``, made where it is missing, as the end of a sentence."""
+    place = next(folder for folder in (_absolute(path), *_absolute(path).parents) if folder.exists())
+    return None if _writable(place) else f"cannot be written: no permission to write in {place}"
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _absolute(path: Path) -> Path:
+    """With a name of its own, which ``.`` has not, and without following a link to another place."""
+    return Path(os.path.abspath(path))
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    """A name beside ``path`` that nobody else has."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.{ending}")
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, each entered for good in the one above."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _flush(*(each.parent for each in missing))
+
+
+def _flush(*paths: Path) -> None:
+    """Force files, and the names in folders, to the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
