@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from vpfast.data._files import open_regular
 from vpfast.data.errors import DataError
 
 MAX_BYTES = 1 << 30
@@ -36,7 +37,7 @@ def read_idx(path: str | os.PathLike[str], ndim: int = 3) -> NDArray[np.uint8]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as raw:
+        with open_regular(path) as raw:
             packed_bytes = os.fstat(raw.fileno()).st_size
             is_gzip = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpfast.data._files import natural_key
+from vpfast.data._files import natural_key, open_regular
+from vpfast.data._images import MAX_PIXELS, read_image, reason
 from vpfast.data.errors import VideoError
 from vpfast.data.resize import Fit, Size, parse_size, resize, to_grey
 
@@ -84,18 +85,17 @@ def iter_video(
         raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
     path = Path(path)
     source = _images_of_folder(path) if os.path.isdir(path) else _frames_of_file(path)
-    first_shape: tuple[int, ...] | None = None
-    for index, (name, rgb) in enumerate(source):
-        first_shape = first_shape or rgb.shape
-        if rgb.shape != first_shape:
-            raise VideoError(
-                f"{name}: frame {index} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), the frames before it are "
-                f"{first_shape[0]}x{first_shape[1]}; one video needs one size"
-            )
+    for rgb in _of_one_size(source):
         frame = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
         frame = to_grey(frame) if channels == 1 else frame
         frame = frame if target is None else resize(frame, target, fit)
         yield frame.squeeze(0).contiguous()
+
+
+def iter_images(files: Iterable[Path]) -> Iterator[NDArray[np.uint8]]:
+    """Image files as the frames of one video, uint8 RGB (H, W, 3). VideoError names one that cannot be read or differs
+    in size from the first."""
+    return _of_one_size((file, read_image(file)) for file in files)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -112,23 +112,19 @@ def _images_of_folder(folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     if not files:
         raise VideoError(f"{folder}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for file in files:
-        yield file, _read_image(file)
+        yield file, read_image(file)
 
 
-def _read_image(file: Path) -> NDArray[np.uint8]:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'vpfast[cli]'") from error
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):
-                deep = np.asarray(image).astype(np.uint16)
-                return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # a damaged image makes Pillow raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise VideoError(f"{file}: not an image that can be read ({_reason(error, file)})") from error
+def _of_one_size(frames: Iterable[tuple[Path, NDArray[np.uint8]]]) -> Iterator[NDArray[np.uint8]]:
+    first: tuple[int, ...] | None = None
+    for index, (name, rgb) in enumerate(frames):
+        first = first or rgb.shape
+        if rgb.shape != first:
+            raise VideoError(
+                f"{name}: frame {index} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), the frames before it are "
+                f"{first[0]}x{first[1]}; one video needs one size"
+            )
+        yield rgb
 
 
 def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
@@ -140,13 +136,14 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     try:
         with av.open(
             f"file:{path}",
-            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
+            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
             metadata_errors="replace",
         ) as container:
             stream = _video_stream(container, path)
             if container.format.name == "gif":
                 _check_gif(path)
-            stream.codec_context.options = {"err_detect": "explode"}  # else much damage is painted over in silence
+            # else much damage is painted over in silence, and a header's word is enough for a frame of any size
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 if frame.is_corrupt:
@@ -161,7 +158,7 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
         raise VideoError(
-            f"{path}: not a video that can be decoded{where}, or a damaged one ({_reason(error, path)})"
+            f"{path}: not a video that can be decoded{where}, or a damaged one ({reason(error, path)})"
         ) from error
     if decoded == 0:
         raise VideoError(f"{path}: holds a video stream without a single frame")
@@ -210,9 +207,7 @@ def _import_av() -> ModuleType:
 def _check_file(path: Path) -> None:
     """Tell apart what FFmpeg would lump together: missing, not a file, empty, not permitted."""
     try:
-        with open(path, "rb") as file:
-            if not path.is_file():
-                raise VideoError(f"{path}: not a regular file")
+        with open_regular(path) as file:
             if not file.read(1):
                 raise VideoError(f"{path}: an empty file (0 bytes)")
     except OSError as error:
@@ -277,9 +272,3 @@ def _upright(frame: Any) -> NDArray[np.uint8]:
     if quarter_turns % 4 and quarter_turns.is_integer():
         rgb = np.ascontiguousarray(np.rot90(rgb, int(quarter_turns)))
     return rgb
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """What went wrong, without the number and the path that the error text repeats."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).replace(str(path), path.name).strip()
