@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # For tests beside a torch that brings none, which a CPU build is.
 TRITON ?= triton==3.6.0
+# For tests, without the torchvision that it asks for: pip would fetch one with another torch.
+LPIPS ?= --no-deps lpips==0.1.4
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
@@ -58,5 +60,6 @@ $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja
 	$(if $(filter dev,$*),$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON))
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet $(LPIPS))
 	@$(BIN)/python -c "from vpfast.ops._native import build_record as r; print('vpfast built:', r()['built'], '-', r()['reason'])"
 	touch $@

@@ -8,42 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpfast.metrics.ssim import structural_similarity
-
-EXACT_PSNR = 100.0
-"""PSNR of a frame that is matched exactly, in dB, and the ceiling of every other: a mean stays finite and honest. One
-pixel of a 128x128 RGB frame that is off by one 8-bit step is at 95 dB."""
+from vpfast.metrics.perceptual import Perceptual
+from vpfast.metrics.protocols import BY_NAME, PROTOCOLS
 
 _PIXELS_AT_ONCE = 1 << 21  # bounds the float64 working memory, about 20 times this many numbers
 
 _FAR_OUT = 10.0  # a network that aims at [0, 1] may miss it by a little, 8-bit frames miss it by hundreds
 
-_HEADINGS = {
+HEADINGS = {
     "mse": "MSE ↓",
     "mae": "MAE ↓",
     "mse_sum": "MSE (pixel sum) ↓",
     "mae_sum": "MAE (pixel sum) ↓",
     "psnr": "PSNR (dB) ↑",
     "ssim": "SSIM ↑",
+    "lpips": "LPIPS ↓",
+    "lpips_x100": "LPIPS x 100 ↓",
 }
-
-
-def _default(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-    prediction, target = prediction.clamp(0, 1), target.clamp(0, 1)
-    difference = prediction - target
-    squares, absolutes = difference.square().flatten(1), difference.abs().flatten(1)
-    mse = squares.mean(dim=1)
-    return {
-        "mse": mse,
-        "mae": absolutes.mean(dim=1),
-        "mse_sum": squares.sum(dim=1),
-        "mae_sum": absolutes.sum(dim=1),
-        "psnr": -10 * torch.log10(mse.clamp(min=10 ** (-EXACT_PSNR / 10))),
-        "ssim": structural_similarity(prediction, target),
-    }
-
-
-_PROTOCOLS: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {"default": _default}
+"""By a metric's name: what it is called, with an arrow to the better side."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class Report:
         """A table: one line for each predicted frame, the mean at the end, and below it the protocol's name."""
         names = list(self.mean)
         lines = [
-            "| frame | " + " | ".join(_HEADINGS[name] for name in names) + " |",
+            "| frame | " + " | ".join(HEADINGS[name] for name in names) + " |",
             "|---:|" + "---:|" * len(names),
         ]
         for step, values in enumerate(zip(*self.per_frame.values(), strict=True), start=1):
@@ -80,57 +62,73 @@ class Report:
 
 
 def _number(name: str, value: float) -> str:
-    digits = {"psnr": 2, "ssim": 4, "mse": 5, "mae": 5}.get(name, 2)
+    digits = {"psnr": 2, "ssim": 4, "mse": 5, "mae": 5, "lpips": 4}.get(name, 2)
     return f"{value:.{digits}f}"
 
 
 class VideoMetrics:
-    """MSE, MAE, PSNR and SSIM of predicted frames, for each predicted step and in the mean.
+    """MSE, MAE, PSNR, SSIM and LPIPS of predicted frames, for each predicted step and in the mean.
 
     Protocol ``default``: prediction and target are clipped to [0, 1]. ``mse`` and ``mae`` are means over a frame's
     values, ``mse_sum`` and ``mae_sum`` their sums; ``psnr`` is -10 log10 of each frame's ``mse``, 100 dB at most, which
     an exact match gets; ``ssim`` is each frame's, Gaussian window 11x11 with sigma 1.5, data range 1, mirrored at the
-    edges (torchmetrics' ``StructuralSimilarityIndexMeasure(data_range=1.0)``). Each is averaged over the clips.
+    edges (torchmetrics' ``StructuralSimilarityIndexMeasure(data_range=1.0)``). Each is averaged over the clips. The
+    other protocols (``vpfast.metrics.PROTOCOLS``) measure as other projects do; README.md beside this file tells how.
 
     Arithmetic is float64, on the device of the frames where that has it, and one frame's numbers do not depend on the
-    frames beside it: however the clips are split into batches, the result is the same to rounding. Memory is constant.
+    frames beside it: however the clips are split into calls of ``update``, the result is the same to rounding. Memory
+    is constant.
+
+    Args:
+        protocol: one of ``vpfast.metrics.PROTOCOLS``.
+        lpips: whether to measure LPIPS too (float32, AlexNet), which needs the extra ``vpfast[lpips]``; or what is to
+            measure it, a function of two (N, C, H, W) on the protocol's scale to (N,).
+        batch: protocol ``mspn``: how many clips, in the order they come, make a batch, whose frames have one PSNR
+            together. The released test uses 1, or 32 for Moving MNIST.
 
     Raises:
-        ValueError: a protocol that does not exist.
+        ValueError: a protocol that does not exist; a batch where none makes a difference.
+        ImportError, FileNotFoundError: LPIPS is asked for, and what it needs is missing.
     """
 
-    def __init__(self, protocol: str = "default") -> None:
-        if protocol not in _PROTOCOLS:
-            raise ValueError(f"protocol {protocol!r} does not exist; there is: {', '.join(_PROTOCOLS)}")
+    def __init__(
+        self, protocol: str = "default", lpips: bool | Callable[[Tensor, Tensor], Tensor] = False, batch: int = 1
+    ) -> None:
+        if protocol not in BY_NAME:
+            raise ValueError(f"protocol {protocol!r} does not exist; there is: {', '.join(PROTOCOLS)}")
         self.protocol = protocol
-        self._evaluate = _PROTOCOLS[protocol]
+        self._protocol = BY_NAME[protocol]
+        if batch < 1 or (batch > 1 and not self._protocol.batches):
+            accepted = "at least 1" if self._protocol.batches else f"1: protocol {protocol!r} measures frame by frame"
+            raise ValueError(f"batch: {batch} given, must be {accepted}")
+        self.batch = batch
+        self._distance = Perceptual() if lpips is True else lpips or None
         self._shape: tuple[int, ...] | None = None
         self._clips = 0
+        self._batches = 0
         self._sums: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}  # numbers of clips that do not make a batch yet, (clips, T)
 
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Take in a batch: two float (B, T, C, H, W), the target in [0, 1]; (T, C, H, W) the same in every call.
+        """Take in some clips: two float (B, T, C, H, W), the target in [0, 1]; (T, C, H, W) the same in every call.
 
-        An empty batch is taken and changes nothing.
+        Where B is 0 nothing changes.
 
         Raises:
             TypeError: not floating point.
-            ValueError: shapes that differ or change, frames under 11x11, NaN or infinity (a prediction that diverged
-                has no meaningful mean), a target that is not in [0, 1], a prediction on another scale: beyond
-                [-10, 10], where clipping would hide it.
+            ValueError: shapes that differ or change, frames smaller than SSIM's window (or too small for LPIPS), NaN or
+                infinity (a prediction that diverged has no meaningful mean), a target that is not in [0, 1], a
+                prediction on another scale: beyond [-10, 10], where clipping would hide it.
         """
         self._check(prediction, target)
         steps = target.shape[1]
         chunk = max(1, _PIXELS_AT_ONCE // math.prod(target.shape[2:]))
         frames, real = prediction.flatten(0, 1), target.to(prediction.device).flatten(0, 1)
-        parts = [
-            self._evaluate(_double(frames[i : i + chunk]), _double(real[i : i + chunk]))
-            for i in range(0, len(frames), chunk)
-        ]
-        for name in parts[0] if parts else ():
-            sums = torch.cat([part[name] for part in parts]).view(-1, steps).sum(dim=0)
-            self._sums[name] = sums + self._sums[name].to(sums.device) if name in self._sums else sums
+        parts = [self._measure(frames[i : i + chunk], real[i : i + chunk]) for i in range(0, len(frames), chunk)]
+        if parts:
+            values = {name: torch.cat([part[name] for part in parts]).view(-1, steps) for name in parts[0]}
+            self._take(values)
         self._shape = tuple(target.shape[1:])
         self._clips += target.shape[0]
 
@@ -142,9 +140,42 @@ class VideoMetrics:
         """
         if self._clips == 0:
             raise ValueError("no frame was given to VideoMetrics.update, so there is nothing to report")
-        per_frame = {name: (sums / self._clips).tolist() for name, sums in self._sums.items()}
+        sums, batches = self._sums, self._batches
+        if self._waiting:
+            last = self._fold({name: each.unsqueeze(0) for name, each in self._waiting.items()})
+            sums = {name: each + sums.get(name, 0.0) for name, each in last.items()}
+            batches += 1
+        per_frame = {name: (each / batches).tolist() for name, each in sums.items()}
         mean = {name: math.fsum(values) / len(values) for name, values in per_frame.items()}
         return Report(self.protocol, self._clips, mean, per_frame)
+
+    def _measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Each frame's numbers, on the CPU: (N, C, H, W) -> (N,)."""
+        prediction, target = _double(prediction), _double(target)
+        values = self._protocol.measure(prediction, target)
+        if self._distance is not None:
+            distance = self._distance(self._protocol.seen(prediction), self._protocol.seen(target)).double()
+            values[self._protocol.lpips] = distance * (100 if self._protocol.lpips == "lpips_x100" else 1)
+        return {name: each.cpu() for name, each in values.items()}
+
+    def _take(self, values: dict[str, Tensor]) -> None:
+        """Add the numbers (clips, T) of whole batches to the sums, and let the rest wait."""
+        if self._waiting:
+            values = {name: torch.cat([self._waiting[name], each]) for name, each in values.items()}
+        clips = len(next(iter(values.values())))
+        whole = clips // self.batch
+        self._waiting = (
+            {name: each[whole * self.batch :] for name, each in values.items()} if clips % self.batch else {}
+        )
+        if whole:
+            batches = {name: each[: whole * self.batch].unflatten(0, (whole, -1)) for name, each in values.items()}
+            for name, each in self._fold(batches).items():
+                self._sums[name] = each + self._sums.get(name, 0.0)
+            self._batches += whole
+
+    def _fold(self, batches: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(batches, clips, T) -> (T,), summed over the batches."""
+        return {name: each.sum(dim=0) for name, each in self._protocol.fold(batches, self.batch).items()}
 
     def _check(self, prediction: Tensor, target: Tensor) -> None:
         if not (prediction.is_floating_point() and target.is_floating_point()):

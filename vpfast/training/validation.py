@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vpfast.metrics.video_metrics import EXACT_PSNR
+from vpfast.metrics import EXACT_PSNR
 from vpfast.training.config import TrainConfig
 from vpfast.training.recipes import Recipe, Sampling, perplexity
 
