@@ -75,11 +75,15 @@ class Index:
     options: dict[str, Any]
     recordings: tuple[Entry, ...]
 
+    def head(self) -> dict[str, Any]:
+        """All but the recordings, as plain values."""
+        kept = {key: getattr(self, key) for key in ("name", "channels", "fit", "options")}
+        return {"format": FORMAT, **kept, "size": list(self.size)}
+
     def to_json(self) -> str:
         """The text of ``index.json``, a line a recording."""
-        head = {"format": FORMAT, **{key: getattr(self, key) for key in ("name", "size", "channels", "fit", "options")}}
         lines = ",\n".join("  " + json.dumps(entry.to_dict()) for entry in self.recordings)
-        return f'{json.dumps(head)[:-1]}, "recordings": [\n{lines}\n]}}\n'
+        return f'{json.dumps(self.head())[:-1]}, "recordings": [\n{lines}\n]}}\n'
 
 
 def read_index(root: str | os.PathLike[str]) -> Index:
@@ -98,6 +102,23 @@ def read_index(root: str | os.PathLike[str]) -> Index:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as the index of a prepared set ({error})") from error
     return _Reader(path).index(values)
+
+
+def read_journal(root: Path) -> Index | None:
+    """What a preparation that did not come to its end had made in ``root``; None where none is under way.
+
+    Raises:
+        DataError: a journal that is not one. A last line that was cut off is no harm.
+    """
+    path = root / JOURNAL_NAME
+    try:
+        lines = path.read_text().split("\n")[:-1]
+        head, *entries = [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as what a preparation wrote ({error}); remove it") from error
+    return _Reader(path).index({**head, "recordings": entries})
 
 
 def _no_index(root: Path) -> str:

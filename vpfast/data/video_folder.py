@@ -179,7 +179,7 @@ def _check_one_size(videos: Sequence[Video]) -> None:
 
 def _decoded(path: Path, size: tuple[int, int] | None, channels: int, fit: Fit, folder: Path) -> Video:
     """The video's array in the cache, made if it is not there."""
-    source = {"path": str(path.resolve()), "stamp": _stamp(path)}
+    source = {"path": str(path.resolve()), "stamp": stamp(path)}
     options = {"size": size, "channels": channels, "fit": fit, "format": _FORMAT}
     key = hashlib.sha256(json.dumps([source, options]).encode()).hexdigest()[:20]
     array, index = folder / f"{path.stem[:60]}-{key}.npy", folder / f"{path.stem[:60]}-{key}.json"
@@ -196,7 +196,7 @@ def _decoded(path: Path, size: tuple[int, int] | None, channels: int, fit: Fit, 
     return Video(path, array, shape)
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
+def stamp(path: Path) -> list[tuple[str, int, int]]:
     """Name, time of change and size of every file that makes up the video."""
     try:
         files = images_in(path) if os.path.isdir(path) else [path]

@@ -1,0 +1,55 @@
+"""Work on many files by several processes, which end with the one that they work for."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[int, Result]]:
+    """(number of the task, its result) as they come, by ``workers`` processes, or in this one where there are none."""
+    if workers < 0:
+        raise ValueError(f"workers: {workers} given, must be at least 0")
+    if not workers or len(tasks) < 2:
+        for number, task in enumerate(tasks):
+            yield number, function(task)
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker) as pool:
+        numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+        try:
+            for done in as_completed(numbers):
+                yield numbers[done], done.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that works beside this one ended unexpectedly, killed perhaps for want of memory; try again "
+                "with fewer workers"
+            ) from error
+        finally:
+            for waiting in numbers:
+                waiting.cancel()
+
+
+def _begin_worker() -> None:
+    """A worker computes on one core, and ends at once with Ctrl-C or with the process that it works for."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
