@@ -11,6 +11,7 @@ from vpfast._version import __version__
 from vpfast.ops._backend import BackendError
 
 COMMANDS = {
+    "data": "prepare a data set for training: decoded once, checked, fast to read",
     "train": "train a model on videos or moving digits",
     "predict": "predict how a video goes on; writes GIF, MP4, PNG and NPY",
     "evaluate": "measure a trained model on held-out clips",
