@@ -1,7 +1,8 @@
 """How far predicted frames are from real ones, under named protocols."""
 
+from vpfast.metrics.perceptual import Perceptual
 from vpfast.metrics.protocols import EXACT_PSNR, PROTOCOLS
 from vpfast.metrics.ssim import structural_similarity
 from vpfast.metrics.video_metrics import Report, VideoMetrics
 
-__all__ = ["EXACT_PSNR", "PROTOCOLS", "Report", "VideoMetrics", "structural_similarity"]
+__all__ = ["EXACT_PSNR", "PROTOCOLS", "Perceptual", "Report", "VideoMetrics", "structural_similarity"]

@@ -25,6 +25,7 @@ HEADINGS = {
     "lpips": "LPIPS ↓",
     "lpips_x100": "LPIPS x 100 ↓",
 }
+"""What a person reads in the place of a metric's name; the arrow points to better."""
 """By a metric's name: what it is called, with an arrow to the better side."""
 
 

@@ -1,4 +1,4 @@
-"""The errors of a trained model on held-out clips, under the default protocol, side by side with what to hold it to."""
+"""The errors of a trained model on held-out clips, under a named protocol, side by side with what to hold it to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vpfast.metrics import Report, VideoMetrics
+from vpfast.metrics import Perceptual, Report, VideoMetrics
 from vpfast.training.device import Device, pick_device
 from vpfast.training.recipes import BASELINE, Sampling, perplexity, recipe_of
 
@@ -85,12 +85,20 @@ def evaluate(
     progress: bool = False,
     device: Device = "auto",
     sampling: Sampling = LIKELIEST,
+    protocol: str = "default",
+    lpips: bool = False,
 ) -> Evaluation:
     """What the model makes of ``clips``, (T, C, H, W) in [0, 1], beside what its kind is compared with.
 
     Of a model that predicts, the frames after the first ``context`` ones are those to predict, and repeating the last
     real frame stands beside it. One that makes frames again is given all of them, and the depths stand side by side.
+
+    ``protocol``: one of ``vpfast.metrics.PROTOCOLS``. ``lpips``: measure LPIPS too.
+
+    Raises:
+        ValueError, ImportError, FileNotFoundError: what :class:`vpfast.metrics.VideoMetrics` refuses.
     """
+    distance = lpips and Perceptual()
     chosen = pick_device(device)
     model = model.to(chosen).eval()
     recipe = recipe_of(model)
@@ -103,7 +111,9 @@ def evaluate(
         compared = recipe.compare(model, frames.to(chosen), context, sampling)
         judged = compared.judged
         for name, made in compared.made.items():
-            metrics.setdefault(name, VideoMetrics()).update(made, compared.real)
+            if name not in metrics:
+                metrics[name] = VideoMetrics(protocol, distance)
+            metrics[name].update(made, compared.real)
         for name, chosen_codes in compared.counts.items():
             counts[name] = counts[name] + chosen_codes if name in counts else chosen_codes
         for name, score in compared.scores.items():
