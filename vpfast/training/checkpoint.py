@@ -111,11 +111,20 @@ def read_weights(folder: Path, *kinds: type[M]) -> tuple[M, TrainConfig | None]:
     if not isinstance(model, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{folder} holds a trained {type(model).__name__}, must be a {names}")
-    path = folder / _TRAINING
+    return model, read_training(folder)
+
+
+def read_training(folder: Path) -> TrainConfig | None:
+    """How the model in ``folder`` was trained, or that in ``weights`` of a run's folder; None where it is not known.
+
+    Raises:
+        ValueError: the file that says so is damaged; the message names it.
+    """
+    path = weights_of(folder) / _TRAINING
     if not path.is_file():
-        return model, None
+        return None
     try:
-        return model, from_dict(TrainConfig, json.loads(path.read_text()))
+        return from_dict(TrainConfig, json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a training run: {error}") from error
 
