@@ -111,8 +111,8 @@ def _legend(table: Table, measured: Sequence[MeasuredRow], protocol: str) -> lis
     ]
     if protocols - {None, protocol}:
         lines.append(
-            f"{OTHER}: measured under another protocol, as that method's released code shows. Its numbers do not compare"
-            f" with those under `{protocol}`, but for the pixel sum (MSE), which nearly does."
+            f"{OTHER}: measured under another protocol, as that method's released code shows. Its numbers do not"
+            f" compare with those under `{protocol}`, but for the pixel sum (MSE), which nearly does."
         )
     if None in protocols:
         lines.append(f"{UNKNOWN}: under which protocol it was measured is not known.")
