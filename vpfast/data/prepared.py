@@ -242,7 +242,7 @@ class PreparedClips(Dataset[Tensor]):
             raise ValueError(f"length and step must be at least 1, got length={length}, step={step}")
         self.root, self.split, self.length, self.step = Path(root), split, length, step
         index = read_index(self.root)
-        self.size = index.size
+        self.size, self.fit = index.size, index.fit
         self.channels = _channels(self.root, channels, index.channels)
         chosen = [entry for entry in index.recordings if entry.split == split and _matches(entry, include, exclude)]
         if not chosen:

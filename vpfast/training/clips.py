@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from vpfast.data import MovingDigits, VideoError, VideoFolder
+from vpfast.data import MovingDigits, PreparedClips, VideoError, VideoFolder
 from vpfast.data.moving_digits import SPLITS, Split
 from vpfast.data.video_folder import find_videos
 from vpfast.training.config import DataConfig, SplitConfig
@@ -49,11 +49,18 @@ def dataset(config: DataConfig, split: Split, length: int, count: int | None = N
             speed=config.speed,
         )
         return digits if config.supersample == 1 else AveragedDown(digits, config.supersample)
-    patterns = getattr(config, split)
+    clips = _prepared(config, split, length) if config.kind == "prepared" else _videos(config, split, length)
+    if count is None or count >= len(clips):
+        return clips
+    return Subset(clips, torch.linspace(0, len(clips) - 1, count).round().long().tolist())
+
+
+def _videos(config: DataConfig, split: Split, length: int) -> VideoFolder:
+    patterns: SplitConfig = getattr(config, split)
     if not patterns.include:
         raise ValueError(f"data.{split}.include: no pattern given, so the {split} split has no files")
     assert config.root is not None
-    clips = VideoFolder(
+    return VideoFolder(
         config.root,
         length=length,
         size=config.frame_size,
@@ -62,10 +69,28 @@ def dataset(config: DataConfig, split: Split, length: int, count: int | None = N
         include=patterns.include,
         exclude=patterns.exclude,
         cache=config.cache,
+        fit=config.fit,
     )
-    if count is None or count >= len(clips):
-        return clips
-    return Subset(clips, torch.linspace(0, len(clips) - 1, count).round().long().tolist())
+
+
+def _prepared(config: DataConfig, split: Split, length: int) -> PreparedClips:
+    patterns: SplitConfig = getattr(config, split)
+    assert config.root is not None
+    clips = PreparedClips(
+        config.root,
+        split=split,
+        length=length,
+        step=config.stride,
+        channels=config.channels,
+        include=patterns.include or ("*",),
+        exclude=patterns.exclude,
+    )
+    if (clips.size, clips.fit) != (config.frame_size, config.fit):
+        raise ValueError(
+            f"data.size: {list(config.frame_size)} and data.fit {config.fit} given, but {config.root} was prepared "
+            f"otherwise: give data.size {list(clips.size)} and data.fit {clips.fit}, or prepare it again"
+        )
+    return clips
 
 
 class AveragedDown(Dataset[Tensor]):

@@ -76,7 +76,8 @@ def _in_words(hint: Any) -> str:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Which files of a video folder belong to one split: glob patterns on the path relative to ``data.root``."""
+    """Which files of a video folder belong to one split: glob patterns on the path relative to ``data.root``. In a
+    prepared set, which of the split's recordings to take, by name; no pattern takes all."""
 
     include: tuple[str, ...] | str = option((), "patterns of the files in this split; none means the split is empty")
     exclude: tuple[str, ...] | str = option((), "patterns of files to leave out again")
@@ -92,13 +93,20 @@ class SplitConfig:
 class DataConfig:
     """Where clips come from, and how large they are."""
 
-    kind: Literal["moving-digits", "video-folder"] = option("moving-digits", "moving handwritten digits, or videos")
+    kind: Literal["moving-digits", "video-folder", "prepared"] = option(
+        "moving-digits", "moving handwritten digits, a folder of videos, or what `vpfast data prepare` made"
+    )
     root: str | None = option(
         None,
-        "video-folder: the folder (or one file) of videos; moving-digits: MNIST idx files or mnist_test_seq.npy "
-        "(default: the digits that come with scikit-learn)",
+        "video-folder: the folder (or one file) of videos; prepared: what `vpfast data prepare` made; moving-digits: "
+        "MNIST idx files or mnist_test_seq.npy (default: the digits that come with scikit-learn)",
     )
-    size: int | tuple[int, int] = option(64, "height and width of the frames, [H, W] or one number for both")
+    size: int | tuple[int, int] = option(
+        64, "height and width of the frames, [H, W] or one number for both; prepared: those of the set"
+    )
+    fit: Literal["squash", "crop"] = option(
+        "squash", "how frames of other proportions are met, or the centre cropped; prepared: as it was"
+    )
     channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
     digits: int = option(2, "moving-digits: how many digits move in a clip")
     digit_size: int = option(28, "moving-digits: height and width of a digit")
@@ -107,9 +115,13 @@ class DataConfig:
         1, "moving-digits: draw so many times larger and average down, so that digits move by fractions of a pixel"
     )
     clips: int = option(10_000, "moving-digits: clips in the training split")
-    stride: int | None = option(None, "video-folder: frames from one clip's start to the next (default: no overlap)")
+    stride: int | None = option(
+        None, "videos: frames from one clip's start to the next (default: the prepared set's own rule, else no overlap)"
+    )
     cache: str | None = option(None, "video-folder: where decoded videos are kept (default: beside the user's caches)")
-    train: SplitConfig = option(SplitConfig(include=("*",)), "video-folder: the files to train on")
+    train: SplitConfig = option(
+        SplitConfig(include=("*",)), "video-folder: the files to train on; prepared: some of them"
+    )
     val: SplitConfig = option(SplitConfig(), "video-folder: the files to watch training with; never the test files")
     test: SplitConfig = option(SplitConfig(), "video-folder: the files `vpfast evaluate` reports on")
 
@@ -367,6 +379,8 @@ def _check_together(config: TrainConfig) -> None:
         _require(bool(data.train.include), "data.train.include", "no pattern", "at least one pattern")
         if config.val_every:
             _require(bool(data.val.include), "data.val.include", "no pattern", "at least one pattern, or val_every 0")
+    elif data.kind == "prepared":
+        _require(data.root is not None, "data.root", "nothing", "what `vpfast data prepare` made when it is prepared")
     else:
         _require(data.channels == 1, "data.channels", data.channels, "1 when data.kind is moving-digits")
         square = data.frame_size[0] == data.frame_size[1]
