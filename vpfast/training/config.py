@@ -380,7 +380,12 @@ def _check_together(config: TrainConfig) -> None:
         if config.val_every:
             _require(bool(data.val.include), "data.val.include", "no pattern", "at least one pattern, or val_every 0")
     elif data.kind == "prepared":
-        _require(data.root is not None, "data.root", "nothing", "what `vpfast data prepare` made when it is prepared")
+        _require(
+            data.root is not None,
+            "data.root",
+            "nothing",
+            "a folder of `vpfast data prepare` when data.kind is prepared",
+        )
     else:
         _require(data.channels == 1, "data.channels", data.channels, "1 when data.kind is moving-digits")
         square = data.frame_size[0] == data.frame_size[1]
