@@ -82,6 +82,7 @@ COUNTS = {
 NARROW = {"channels": [4, 8, 8], "levels": 2, "hidden_channels": 4}
 SMALL = {
     **{f"mspn/{name}": NARROW for name in ("moving-digits", "kth", "caltech", "kitti", "table-1", "table-6")},
+    **{f"mspn/{name}": NARROW for name in ("moving-mnist", "human36m")},
     **{f"shrvqvae/{name}": {} for name in COUNTS},
 }
 
