@@ -251,7 +251,12 @@ if __name__ == "__main__":
     setup(
         packages=[*find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*"]), "vpfast.kernels"],
         package_dir={"vpfast.kernels": "kernels"},
-        package_data={"": ["README.md"], "vpfast": ["py.typed"], "vpfast.configs": ["**/*.yaml"]},
+        package_data={
+            "": ["README.md"],
+            "vpfast": ["py.typed"],
+            "vpfast.configs": ["**/*.yaml"],
+            "vpfast.visual": ["page.css", "page.js"],
+        },
         ext_modules=[Extension("vpfast._C", sources=[])],
         cmdclass={"build_ext": BuildNative},
     )

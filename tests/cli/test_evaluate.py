@@ -102,7 +102,7 @@ def test_bad_options_are_refused(refused, trained, tmp_path, args, message):
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_computing(refused, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("vpfast.cli.evaluate.evaluate", lambda *args, **kwargs: pytest.fail("computed"))
+    monkeypatch.setattr("vpfast.cli.evaluate.evaluated", lambda *args, **kwargs: pytest.fail("computed"))
     for out, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "n.json", "there is no folder")):
         assert f"--out {out} " in refused("evaluate", "--weights", trained, "--out", out)
         assert message in refused("evaluate", "--weights", trained, "--out", out)

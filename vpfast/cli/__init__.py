@@ -17,7 +17,8 @@ COMMANDS = {
     "evaluate": "measure a trained model on held-out clips",
     "encode": "write a video as the bit-packed codes of a trained HR-VQVAE",
     "decode": "make the frames of such a file again; writes GIF, MP4 and NPY",
-    "visualize": "show what the layers of a trained HR-VQVAE hold of a video",
+    "visualize": "draw what trained models make of a video, and what their codes hold",
+    "report": "write one HTML page: errors, curves and clips that play",
     "doctor": "show what is installed and which backend serves each operator",
 }
 

@@ -10,10 +10,13 @@ from torch.utils.data import Dataset
 
 from vpfast.cli._options import Options
 from vpfast.data.moving_digits import Split
+from vpfast.metrics import PROTOCOLS, VideoMetrics
+from vpfast.metrics.video_metrics import HEADINGS
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import dataset
 from vpfast.training.config import DataConfig, TrainConfig, from_dict
 from vpfast.training.device import Device
+from vpfast.training.evaluation import Evaluation, evaluate, together
 from vpfast.training.network import check_fit
 from vpfast.training.recipes import BASELINE, MODEL, Recipe, Sampling, recipe_of
 
@@ -30,7 +33,12 @@ class Measured(NamedTuple):
     @property
     def recipe(self) -> Recipe:
         """Of the model of ``--weights``."""
-        return recipe_of(self.models[MODEL])
+        return recipe_of(next(iter(self.models.values())))
+
+    def titled(self, evaluation: Evaluation) -> dict[str, nn.Module]:
+        """The models by what the evaluation calls that which is judged of them."""
+        first, *others = self.models.items()
+        return {evaluation.judged: first[1], **dict(others)}
 
 
 def read_first(argv: Sequence[str]) -> tuple[nn.Module | None, TrainConfig | None]:
@@ -51,6 +59,7 @@ def add_measuring_options(options: Options, model: nn.Module | None, trained: Tr
     """All that decides what is measured and how; not what becomes of the result."""
     horizon = 10 if model is None or recipe_of(model).predicts else 0
     options.add("weights", str, None, "a folder of weights, or a checkpoint; the options below default to its own")
+    options.add("name", str, MODEL, "what is made of these weights is called so")
     options.add("split", Split, "test", "which clips")
     options.add("context", int, trained.context if trained else 10, "real frames the model is given")
     options.add("horizon", int, trained.horizon if trained else horizon, "frames it predicts, if it does")
@@ -65,18 +74,32 @@ def add_measuring_options(options: Options, model: nn.Module | None, trained: Tr
     options.add_config(DataConfig, "data.", trained.data if trained else None)
 
 
+def add_protocol_options(options: Options) -> None:
+    """By which rules it is measured."""
+    options.add("protocol", str | None, None, f"the rules of which project: {', '.join(PROTOCOLS)} (default: default)")
+    options.add("lpips", bool, False, "measure LPIPS too, which needs the extra vpfast[lpips]")
+
+
+def required(model: nn.Module | None) -> nn.Module:
+    """The model; raises ValueError where :func:`read_first` found none."""
+    if model is None:
+        raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
+    return model
+
+
 def measured(values: dict[str, Any], model: nn.Module | None) -> Measured:
     """What :func:`add_measuring_options` gave, with the models that stand beside the first one.
 
     Raises:
         ValueError, FileNotFoundError: what cannot be, or does not go together; names the key.
     """
-    if model is None:
-        raise ValueError("--weights is missing: the folder of a trained model, such as runs/moving-digits/weights")
+    model = required(model)
     config, sampling = _checked(values)
-    models = {MODEL: model} | _beside(values["beside"])
+    if not values["name"] or values["name"] == BASELINE:
+        raise ValueError(f"name: {values['name']!r} given, must be another name")
+    models = {values["name"]: model} | _beside(values["beside"], values["name"])
     for name, each in models.items():
-        with _named("" if name == MODEL else f"beside.{name}: "):
+        with _named("" if each is model else f"beside.{name}: "):
             _check(each, config, sampling)
     return Measured(models, config, sampling)
 
@@ -87,11 +110,35 @@ def held_out(values: dict[str, Any], config: TrainConfig) -> Dataset[Tensor]:
     return dataset(config.data, values["split"], config.clip_length, count, config.seed)
 
 
-def _beside(folders: dict[str, Any]) -> dict[str, nn.Module]:
+def evaluated(subject: Measured, clips: Dataset[Tensor], values: dict[str, Any]) -> Evaluation:
+    """All models on the same clips, side by side."""
+    given = (subject.config.context, subject.config.batch_size, True, values["device"], subject.sampling)
+    asked = (values["protocol"] or "default", values["lpips"])
+    evaluations = {name: evaluate(model, clips, *given, *asked) for name, model in subject.models.items()}
+    return evaluations[MODEL] if list(evaluations) == [MODEL] else together(evaluations)
+
+
+def frame_errors(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Heading of a metric -> title of a report -> its values frame by frame; of a mean and a sum the mean alone."""
+    names = list(evaluation.reports[evaluation.judged].per_frame)
+    kept = [name for name in names if name.removesuffix("_sum") not in names or not name.endswith("_sum")]
+    return {
+        HEADINGS[name]: {title: report.per_frame[name] for title, report in evaluation.reports.items()} for name in kept
+    }
+
+
+def errors(made: Tensor, real: Tensor) -> dict[str, float]:
+    """The means of the default protocol over the frames of one clip, (T, C, H, W)."""
+    metrics = VideoMetrics()
+    metrics.update(made[None], real[None])
+    return metrics.compute().mean
+
+
+def _beside(folders: dict[str, Any], first: str) -> dict[str, nn.Module]:
     """The other models to measure, by the names that they were given."""
     models: dict[str, nn.Module] = {}
     for name, folder in folders.items():
-        if name in (MODEL, BASELINE) or not isinstance(folder, str):
+        if name in (first, BASELINE) or not isinstance(folder, str):
             raise ValueError(f"beside.{name}: {folder!r} given, must be --beside.NAME FOLDER with another name")
         with _named(f"beside.{name}: "):
             models[name], _ = read_weights(Path(folder), nn.Module)
@@ -120,6 +167,8 @@ def _checked(values: dict[str, Any]) -> tuple[TrainConfig, Sampling]:
     for key, lowest in (("clips", 1), ("futures", 1), ("top_k", 1), ("temperature", 0)):
         if values[key] is not None and not values[key] >= lowest:
             raise ValueError(f"{key}: {values[key]} given, must be at least {lowest}")
+    if values["protocol"] not in (None, *PROTOCOLS):
+        raise ValueError(f"protocol: {values['protocol']!r} given, must be one of {', '.join(PROTOCOLS)}")
     kept = {key: values[key] for key in ("context", "horizon", "batch_size", "seed")}
     sampling = Sampling(**{key: values[key] for key in Sampling._fields})
     return TrainConfig(data=from_dict(DataConfig, values["data"]), val_every=0, **kept), sampling

@@ -1,22 +1,38 @@
-"""``vpfast visualize``: what the layers of a trained HR-VQVAE hold of a video, as pictures."""
+"""``vpfast visualize``: what trained models make of a video, and what the layers of their codes hold, as pictures."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from jsonargparse import DefaultHelpFormatter
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from vpfast.cli import Parser
-from vpfast.cli._out import check_out_folder
-from vpfast.cli._video import add_video_options, frame_size, from_zero, positive, read_autoencoder
-from vpfast.data import read_video
-from vpfast.metrics import VideoMetrics
-from vpfast.models import HRVQVAE, Codes
-from vpfast.training.device import pick_device
 from vpfast._files import new_folder
-from vpfast.training.recipes import counted
+from vpfast.cli._measure import (
+    Measured,
+    add_measuring_options,
+    add_protocol_options,
+    errors,
+    evaluated,
+    frame_errors,
+    held_out,
+    measured,
+    read_first,
+    required,
+)
+from vpfast.cli._options import Options
+from vpfast.cli._out import check_out_folder
+from vpfast.cli._video import frame_size
+from vpfast.data import VideoError, read_video
+from vpfast.models import HRVQVAE, SHRVQVAE, Codes
+from vpfast.training import TrainConfig
+from vpfast.training.device import pick_device
+from vpfast.training.evaluation import shown
+from vpfast.training.recipes import BASELINE, counted, recipe_of
 from vpfast.visual import (
     fragment_blur,
     gaussian_blur,
@@ -25,12 +41,23 @@ from vpfast.visual import (
     side_by_side,
     write_code_maps,
     write_depths,
+    write_frame_curves,
     write_gif,
     write_heat_maps,
+    write_mp4,
     write_repairs,
+    write_strip,
 )
 
-DESCRIPTION = """Show what the layers of a trained HR-VQVAE hold of a video. The output folder receives:
+DESCRIPTION = """Show what trained models make of a video or, where none is given, of a clip of the test split of the
+data they were trained on. The output folder receives
+
+  strip.png      what really happened, what each model predicts (or makes again), and the error
+  film.gif       what really happened and the predictions side by side
+  film.mp4       the same
+  curves.png     the errors frame by frame: over all clips in the part of the video that is read, or over --clips
+
+and, where the model of --weights has codes, HR-VQVAE and S-HR-VQVAE,
 
   depths.png     frames, and what is made of them from the first 1 .. n layers of codes, each with its PSNR
   depths.gif     the same as a film
@@ -41,96 +68,207 @@ and, for each way of making the frames worse that is asked for, one of
 
   blur.png  fragment.png  noise.png  salt-and-pepper.png
 
-the worsened frames and what is made of them from the first 1 .. n layers, each with its PSNR to the real ones."""
+the worsened frames and what is made of them from the first 1 .. n layers, each with its PSNR to the real ones.
+--beside.NAME FOLDER shows other weights on the same clips in the first four."""
+
+FRAMES = 60
 
 
 class Corruption(NamedTuple):
     """A way of making frames worse: at a level, by a draw where it draws."""
 
     apply: Callable[[Tensor, Any, int], Tensor]
-    level: Callable[[str], Any]
+    level: type
     unit: str
     help: str
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} given, must be a number") from error
 
 
 # By the option, which is also the name of the picture.
 CORRUPTIONS = {
     "blur": Corruption(
-        lambda frames, sigma, _: gaussian_blur(frames, sigma), _number, "px", "Gaussian blur of so many pixels"
+        lambda frames, sigma, _: gaussian_blur(frames, sigma), float, "px", "Gaussian blur of so many pixels"
     ),
     "fragment": Corruption(
         lambda frames, distance, _: fragment_blur(frames, distance),
-        positive,
+        int,
         "px",
         "fragment blur: the mean of four copies, so many pixels apart from the middle",
     ),
-    "noise": Corruption(gaussian_noise, _number, "dB", "Gaussian noise, so many dB below the signal"),
-    "salt-and-pepper": Corruption(salt_and_pepper, _number, "of pixels", "white and black pixels, this share of all"),
+    "noise": Corruption(gaussian_noise, float, "dB", "Gaussian noise, so many dB below the signal"),
+    "salt-and-pepper": Corruption(salt_and_pepper, float, "of pixels", "white and black pixels, this share of all"),
 }
 
-FILES = frozenset({"depths.png", "depths.gif", "codes.png", "heatmaps.png", *(f"{name}.png" for name in CORRUPTIONS)})
+FILES = frozenset(
+    {"strip.png", "film.gif", "film.mp4", "curves.png", "depths.png", "depths.gif", "codes.png", "heatmaps.png"}
+    | {f"{name}.png" for name in CORRUPTIONS}
+)
+
+
+class Shown(NamedTuple):
+    """The clips that are measured, each (T, C, H, W) in [0, 1], that of them which is drawn, the frames that are coded,
+    and where they are from."""
+
+    clips: Dataset[Tensor]
+    clip: Tensor
+    frames: Tensor
+    source: str
 
 
 def run(argv: Sequence[str]) -> int:
-    """Encode, decode, draw; returns 0. Nothing is left behind where something fails."""
-    options = _parse(argv)
-    replace = check_out_folder(options.out, options.force, FILES)
-    model, trained = read_autoencoder(options.weights)
-    size = frame_size(options.size, trained)
-    frames = read_video(options.video, size, model.config.in_channels, options.start, options.count, at_least=1)
-    frames = frames.float().div(255)
-    device = pick_device(options.device)
-    codes = model.to(device).encode(frames.to(device)).to("cpu")
-    made = _by_depth(model, codes)
-    notes = {name: _smaller(codes.first(depth)) for depth, name in enumerate(made, start=1)}
-    told = [f"{name:>10}  {_errors(clip, frames)}  {notes[name]}" for name, clip in made.items()]
-    repairs = {name: _repairs(model, frames, name, options) for name in CORRUPTIONS}
-    with new_folder(options.out, replace) as folder:
-        write_depths(folder / "depths.png", frames, made, notes, options.rows)
-        write_gif(folder / "depths.gif", side_by_side({"frame": frames, **made}), options.fps)
-        write_code_maps(
-            folder / "codes.png",
-            frames,
-            codes.indices,
-            codes.codebook_size,
-            model.config.strict_tree,
-            options.rows,
-        )
-        write_heat_maps(folder / "heatmaps.png", frames, _news(model, codes), options.rows)
-        for name, runs in repairs.items():
-            if runs:
-                write_repairs(folder / f"{name}.png", frames, runs, options.rows)
-            told += [f"{run}: {_repaired(clips, frames)}" for run, clips in runs.items()]
-    print(*told, f"{counted(len(frames), 'frame')} of {options.video}: {options.out}", sep="\n")
+    """Predict, encode, decode, draw; returns 0. Nothing is left behind where something fails."""
+    model, trained = read_first(argv)
+    values = _options(model, trained).parse(argv)
+    first = required(model)
+    _check(values, first)
+    out = Path(values["out"])
+    replace = check_out_folder(out, values["force"], FILES)
+    video = _read(values, first, trained) if values["video"] else None
+    subject = measured(values, first)
+    coder = _autoencoder(first)
+    given = _from_split(values, subject) if video is None else _from_video(values, subject, video, coder is not None)
+    with new_folder(out, replace) as folder:
+        told = _draw_made(folder, subject, given, values) if len(given.clips) else []  # type: ignore[arg-type]
+        if coder is not None:
+            told += _draw_layers(folder, coder.to(pick_device(values["device"])), given.frames, values)
+    print(*told, f"{given.source}: {out}", sep="\n")
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
-    parser = Parser(
-        prog="vpfast visualize",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _options(model: nn.Module | None, trained: TrainConfig | None) -> Options:
+    options = Options("vpfast visualize", DESCRIPTION)
+    options.parser.formatter_class = _Help
+    options.parser.add_argument("video", nargs="?", help="a video file, or a folder of frames")
+    add_measuring_options(options, model, trained)
+    add_protocol_options(options)
+    options.add("out", str | None, None, "the folder to write")
+    options.add_flag("force", "replace the output of an earlier run")
+    options.add("clip", int, 0, "which clip is drawn, from 0")
+    options.add("start", int, 0, "of a video: the first frame, from 0")
+    options.add("count", int | None, None, f"of a video: at most so many frames (default: {FRAMES}, or one clip)")
+    options.parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="of a video: resize the frames (default: as trained)"
     )
-    add_video_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--start", type=from_zero, default=0, help="the first frame, from 0")
-    parser.add_argument("--count", type=positive, default=60, help="at most so many frames (default: 60)")
-    parser.add_argument("--rows", type=positive, default=4, help="frames shown in a picture (default: 4)")
-    parser.add_argument("--fps", type=positive, default=10, help="frames a second of the GIF (default: 10)")
+    options.add("rows", int, 4, "frames shown in a picture of layers")
+    options.add("fps", float, 10.0, "frames a second of the films")
     for name, corruption in CORRUPTIONS.items():
-        parser.add_argument(
+        options.parser.add_argument(
             f"--{name}", type=corruption.level, nargs="+", default=[], metavar="LEVEL", help=corruption.help
         )
-    parser.add_argument("--seed", type=from_zero, default=0, help="of noise, salt and pepper (default: 0)")
-    return parser.parse_args(argv)
+    return options
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written."""
+
+
+def _check(values: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise ValueError for an option that cannot be, or that this model or source has no use for; names the key."""
+    if not values["out"]:
+        raise ValueError("out: nothing given, must be the folder to write")
+    for key, lowest in (("clip", 0), ("start", 0), ("count", 1), ("rows", 1)):
+        if values[key] is not None and values[key] < lowest:
+            raise ValueError(f"{key}: {values[key]} given, must be at least {lowest}")
+    if not 0 < values["fps"] <= 50:
+        raise ValueError(f"fps: {values['fps']} given, must be above 0 and at most 50")
+    if values["size"] and min(values["size"]) < 1:
+        raise ValueError(f"size: {values['size']} given, must be at least 1 each")
+    for key in ("start", "count", "size"):
+        if values[key] and not values["video"]:
+            raise ValueError(f"{key}: {values[key]} given, must be left out without a video")
+    for name in CORRUPTIONS:
+        if values[_key(name)] and _autoencoder(model) is None:
+            raise ValueError(f"{name}: given, must be left out: a {type(model).__name__} has no codes to repair it")
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _autoencoder(model: nn.Module) -> HRVQVAE | None:
+    """What turns frames into codes, where the model has it."""
+    return model.autoencoder if isinstance(model, SHRVQVAE) else model if isinstance(model, HRVQVAE) else None
+
+
+def _read(values: dict[str, Any], model: nn.Module, trained: TrainConfig | None) -> Tensor:
+    """The frames of the video, (T, C, H, W) in [0, 1]; ``values`` then describe them.
+
+    A model that only codes frames is given all of them as one clip.
+    """
+    channels: int = model.config.in_channels  # type: ignore[union-attr,assignment]
+    count = values["count"] or max(FRAMES, values["context"] + values["horizon"])
+    size = frame_size(values["size"], trained)
+    frames = read_video(values["video"], size, channels, values["start"], count, at_least=1).float().div(255)
+    values["data"] |= {"kind": "video-folder", "root": values["video"], "size": frames.shape[2:], "channels": channels}
+    if not recipe_of(model).predicts:
+        values["context"] = len(frames)
+    return frames
+
+
+def _from_video(values: Mapping[str, Any], subject: Measured, frames: Tensor, has_codes: bool) -> Shown:
+    """The frames cut into clips, one after another; none where they are too few to predict any but can be coded."""
+    length = subject.config.clip_length
+    clips = [frames[start : start + length] for start in range(0, len(frames) - length + 1, length)]
+    video, found = values["video"], counted(len(frames), "frame")
+    if not clips and not has_codes:
+        raise VideoError(
+            f"{video}: {found} read, fewer than the {length} of --context and --horizon; choose fewer of them"
+        )
+    if not clips:
+        print(f"vpfast: {found} of {video} are too few to predict any ({length} needed)", file=sys.stderr)
+    elif values["clip"] >= len(clips):
+        raise ValueError(f"clip: {values['clip']} given, must be below the {len(clips)} clips of {found}")
+    clip = clips[values["clip"]] if clips else frames
+    return Shown(clips, clip, frames, f"{found} of {video}")  # type: ignore[arg-type]
+
+
+def _from_split(values: Mapping[str, Any], subject: Measured) -> Shown:
+    clips = held_out(dict(values), subject.config)
+    count = len(clips)  # type: ignore[arg-type]
+    if values["clip"] >= count:
+        raise ValueError(f"clip: {values['clip']} given, must be below the {count} clips measured")
+    clip = clips[values["clip"]]
+    return Shown(clips, clip, clip, f"clip {values['clip']} of {count} of the {values['split']} split")
+
+
+def _draw_made(folder: Path, subject: Measured, given: Shown, values: Mapping[str, Any]) -> list[str]:
+    """What the models predict or make again, as strip, films and curves; returns a line for each."""
+    config, predicts = subject.config, subject.recipe.predicts
+    evaluation = evaluated(subject, given.clips, dict(values))
+    made = {
+        title: shown(model, given.clip, config.context, values["device"], subject.sampling)
+        for title, model in subject.titled(evaluation).items()
+    }
+    context = config.context if predicts else 0
+    write_strip(folder / "strip.png", {"truth": given.clip, **made}, context)
+    whole = {title: torch.cat([given.clip[:context], clip]) for title, clip in made.items()}
+    film = side_by_side({"truth": given.clip, **whole}, context)
+    write_gif(folder / "film.gif", film, values["fps"])
+    write_mp4(folder / "film.mp4", film, values["fps"])
+    clips = counted(len(given.clips), "clip")  # type: ignore[arg-type]
+    title = f"Errors frame by frame, mean of {clips}"
+    write_frame_curves(folder / "curves.png", frame_errors(evaluation), context + 1, title, quiet={BASELINE})
+    if not predicts and len(subject.models) == 1:
+        return []  # the layers tell the same
+    width = max(map(len, evaluation.reports))
+    return [f"{name:>{width}}  {_told(report.mean)}  over {clips}" for name, report in evaluation.reports.items()]
+
+
+def _draw_layers(folder: Path, model: HRVQVAE, frames: Tensor, values: Mapping[str, Any]) -> list[str]:
+    """What the layers of codes hold of the frames; returns a line for each depth and each way of making them worse."""
+    rows = values["rows"]
+    codes = model.encode(frames.to(next(model.parameters()).device)).to("cpu")
+    made = _by_depth(model, codes)
+    notes = {name: _smaller(codes.first(depth)) for depth, name in enumerate(made, start=1)}
+    told = [f"{name:>10}  {_told(errors(clip, frames))}  {notes[name]}" for name, clip in made.items()]
+    write_depths(folder / "depths.png", frames, made, notes, rows)
+    write_gif(folder / "depths.gif", side_by_side({"frame": frames, **made}), values["fps"])
+    write_code_maps(folder / "codes.png", frames, codes.indices, codes.codebook_size, model.config.strict_tree, rows)
+    write_heat_maps(folder / "heatmaps.png", frames, _news(model, codes), rows)
+    for name in CORRUPTIONS:
+        if runs := _repairs(model, frames, name, values):
+            write_repairs(folder / f"{name}.png", frames, runs, rows)
+            told += [f"{run}: {_repaired(clips, frames)}" for run, clips in runs.items()]
+    return told
 
 
 def _by_depth(model: HRVQVAE, codes: Codes) -> dict[str, Tensor]:
@@ -138,13 +276,13 @@ def _by_depth(model: HRVQVAE, codes: Codes) -> dict[str, Tensor]:
     return {counted(depth, "layer"): model.decode(codes, depth).float().cpu() for depth in range(1, codes.layers + 1)}
 
 
-def _repairs(model: HRVQVAE, frames: Tensor, name: str, options: Any) -> dict[str, dict[str, Tensor]]:
+def _repairs(model: HRVQVAE, frames: Tensor, name: str, values: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """For each level asked for: the frames made worse, and what comes of them by depth."""
     corruption, runs = CORRUPTIONS[name], {}
     device = next(model.parameters()).device
-    for level in getattr(options, name.replace("-", "_")):
+    for level in values[_key(name)]:
         try:
-            worse = corruption.apply(frames, level, options.seed)
+            worse = corruption.apply(frames, level, values["seed"])
         except ValueError as error:
             raise ValueError(f"--{name} {level}: {error}") from error
         runs[f"{name} {level:g} {corruption.unit}"] = {
@@ -157,13 +295,10 @@ def _repairs(model: HRVQVAE, frames: Tensor, name: str, options: Any) -> dict[st
 def _repaired(clips: Mapping[str, Tensor], frames: Tensor) -> str:
     """How near the frames are to the real ones as they were given, and as they came out of all layers."""
     name = list(clips)[-1]
-    return f"{_errors(clips['given'], frames)}; from {name} {_errors(clips[name], frames)}"
+    return f"{_told(errors(clips['given'], frames))}; from {name} {_told(errors(clips[name], frames))}"
 
 
-def _errors(made: Tensor, frames: Tensor) -> str:
-    metrics = VideoMetrics()
-    metrics.update(made[None], frames[None])
-    mean = metrics.compute().mean
+def _told(mean: Mapping[str, float]) -> str:
     return f"PSNR {mean['psnr']:.2f} dB  SSIM {mean['ssim']:.4f}"
 
 

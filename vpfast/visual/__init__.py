@@ -1,14 +1,19 @@
-"""Pictures out: labelled films as GIF and MP4, strips of frames and the layers of their codes as PNG."""
+"""Pictures out: films as GIF and MP4, strips, curves and layers of codes as PNG, and pages that hold all of it."""
 
 from vpfast.visual.corruption import fragment_blur, gaussian_blur, gaussian_noise, salt_and_pepper
-from vpfast.visual.curves import Series, write_curves
+from vpfast.visual.curves import Series, write_curves, write_frame_curves
 from vpfast.visual.film import side_by_side
 from vpfast.visual.layers import write_code_maps, write_depths, write_heat_maps, write_repairs
+from vpfast.visual.page import Clip, Curves, Page, Table, write_page
 from vpfast.visual.strip import write_strip
 from vpfast.visual.writers import write_gif, write_mp4
 
 __all__ = [
+    "Clip",
+    "Curves",
+    "Page",
     "Series",
+    "Table",
     "fragment_blur",
     "gaussian_blur",
     "gaussian_noise",
@@ -17,9 +22,11 @@ __all__ = [
     "write_code_maps",
     "write_curves",
     "write_depths",
+    "write_frame_curves",
     "write_gif",
     "write_heat_maps",
     "write_mp4",
+    "write_page",
     "write_repairs",
     "write_strip",
 ]

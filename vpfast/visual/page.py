@@ -1,0 +1,237 @@
+"""One HTML file with tables, curves and clips that play: it holds all that it shows and loads nothing."""
+
+import base64
+import hashlib
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vpfast.visual import _svg
+from vpfast.visual._frames import Pixels, check_rows, temporary_for
+from vpfast.visual._sheet import Sheet, sheet, signed
+
+_LONGEST = 256  # pixels, of a frame's longer side in the page
+_ENLARGED = 128  # pixels, below which a page shows them as squares
+_FAINTEST = 0.01  # the least error that is shown at full strength
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words in rows and columns; ``best`` are the (row, column) that stand out, from 0, without the names of rows."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    best: Collection[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Heading of a metric -> name of a model -> its values at the frames ``first``, ``first`` + 1, ...
+
+    ``quiet`` names what the others are held to: grey and dashed.
+    """
+
+    panels: Mapping[str, Mapping[str, Sequence[float]]]
+    first: int = 1
+    quiet: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What really happened, (T, C, H, W), and by name what models made of the end of it, (k, C, H, W) each.
+
+    Float in [0, 1] or uint8, RGB or grey. ``notes``: a few words beside some of the names.
+    """
+
+    name: str
+    truth: Tensor
+    made: Mapping[str, Tensor]
+    notes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What :func:`write_page` writes, from top to bottom.
+
+    ``lead``: a sentence below the title. ``clips``: all equally long and of one size, the first ``context`` frames of
+    each given to the models; they play at ``fps`` frames a second. ``facts``: how it all was made.
+    """
+
+    title: str
+    lead: str
+    tables: Sequence[Table]
+    curves: Curves
+    clips: Sequence[Clip]
+    context: int
+    fps: float
+    facts: Mapping[str, str]
+
+
+def write_page(path: str | os.PathLike[str], page: Page) -> None:
+    """Write a page that opens from a file, without a network, on a phone as on a screen, in light and dark.
+
+    Errors are shown as :func:`vpfast.visual.write_strip` does: prediction minus truth, mean over channels, red where
+    too bright, blue where too dark, at full strength where as large as the largest error in the page. Frames whose
+    longer side is above 256 pixels are shown smaller.
+
+    Raises:
+        TypeError, ValueError: clips that cannot be shown together; names the clip. Curves without a finite value.
+        ImportError: without Pillow or matplotlib; says what to install.
+    """
+    style, script = ((files("vpfast.visual") / name).read_text() for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    parts = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n',
+        f"<title>{escape(page.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n",
+        f"<header>\n<h1>{escape(page.title)}</h1>\n<p>{escape(page.lead)}</p>\n</header>\n",
+        *map(_table, page.tables),
+        *_curves(page.curves),
+        *_clips(page),
+        *_facts(page.facts),
+        f"</main>\n<script>{script}</script>\n</body>\n</html>\n",
+    ]
+    with temporary_for(path) as temporary:
+        temporary.write_text("".join(parts), encoding="utf-8")
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    rows = []
+    for number, (name, cells) in enumerate(table.rows.items()):
+        shown = "".join(
+            f"<td><strong>{escape(cell)}</strong></td>" if (number, at) in table.best else f"<td>{escape(cell)}</td>"
+            for at, cell in enumerate(cells)
+        )
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>\n')
+    caption = escape(table.caption)
+    return (
+        f"<figure>\n<figcaption>{caption}</figcaption>\n"
+        f'<div class="wide" role="region" aria-label="{caption}" tabindex="0">\n<table>\n'
+        f"<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>\n</table>\n</div>\n</figure>\n"
+    )
+
+
+def _curves(curves: Curves) -> Iterator[str]:
+    """Legend, charts, and the same numbers as tables."""
+    panels = {heading: lines for heading, lines in curves.panels.items() if _any_finite(lines)}
+    if not panels:
+        raise ValueError("there must be at least one finite value to draw, got none")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    style = _svg.styles(names, curves.quiet)
+    yield '<section>\n<h2>Frame by frame</h2>\n<ul class="legend">\n'
+    for name in names:
+        yield f"<li>{_svg.sample(style[name])} {escape(name)}</li>\n"
+    yield '</ul>\n<div class="charts">\n'
+    for heading, lines in panels.items():
+        drawn = _svg.chart(heading, lines, style, curves.first)
+        yield f"<figure>\n<figcaption>{escape(heading)}</figcaption>\n{drawn}\n</figure>\n"
+    yield "</div>\n<details>\n<summary>The numbers behind the curves</summary>\n"
+    for heading, lines in panels.items():
+        steps = range(max(map(len, lines.values())))
+        rows = {str(curves.first + at): [f"{values[at]:.4g}" for values in lines.values()] for at in steps}
+        yield _table(Table(f"{heading} by frame", list(lines), rows))
+    yield "</details>\n</section>\n"
+
+
+def _any_finite(lines: Mapping[str, Sequence[float]]) -> bool:
+    return any(math.isfinite(value) for values in lines.values() for value in values)
+
+
+def _clips(page: Page) -> Iterator[str]:
+    if not page.clips:
+        return
+    pixels = [check_rows({"truth": clip.truth, **clip.made}, page.context)[0] for clip in page.clips]
+    shapes = {each["truth"].shape[:3] for each in pixels}
+    if len(shapes) > 1:
+        raise ValueError(f"clips must be equally long and of one size, got (T, H, W) of {sorted(shapes)}")
+    steps, height, width = shapes.pop()
+    size = _size(height, width)
+    errors = [
+        {name: _error(each[name], each["truth"]) for name in clip.made}
+        for clip, each in zip(page.clips, pixels, strict=True)
+    ]
+    limit = max([_FAINTEST, *(float(np.abs(error).max()) for each in errors for error in each.values())])
+    kind = "pixels" if max(size) < _ENLARGED else "smooth"
+    yield f'<section class="clips {kind}" data-steps="{steps}" data-context="{page.context}" data-fps="{page.fps:g}">\n'
+    yield f"<h2>Clips</h2>\n<p>{_told(page.context, steps)} Below each prediction its error: "
+    yield '<span class="red">red</span> where it is too bright, <span class="blue">blue</span> where it is too dark, '
+    yield f'in full colour where it is {limit:.0%} of the way from black to white.</p>\n<div class="grid">\n'
+    for clip, shown, wrong in zip(page.clips, pixels, errors, strict=True):
+        yield f'<article>\n<h3>{escape(clip.name)}</h3>\n<div class="screens">\n'
+        truth = _screen(sheet(_shrunk(shown["truth"], size)), f"{clip.name}, what really happened", "truth")
+        yield f"<figure>\n<figcaption>truth <small>real frames</small></figcaption>\n{truth}</figure>\n"
+        for name in clip.made:
+            note = f"<small>{escape(clip.notes.get(name, ''))}</small>"
+            made = _screen(sheet(_shrunk(shown[name], size)), f"{clip.name}, {name}", "made")
+            colours = signed(_resized(wrong[name], size), limit)
+            error = _screen(sheet(colours), f"{clip.name}, error of {name}", "error")
+            yield f"<figure>\n<figcaption>{escape(name)} {note}</figcaption>\n{made}{error}</figure>\n"
+        yield "</div>\n</article>\n"
+    yield (
+        '</div>\n<div class="controls" hidden>\n<button type="button">Pause</button>\n'
+        f'<input type="range" min="0" max="{steps - 1}" value="0" aria-label="Frame">\n<output></output>\n</div>\n'
+        "</section>\n"
+    )
+
+
+def _told(context: int, steps: int) -> str:
+    """What plays, in a sentence."""
+    if context == 0 or context == steps:
+        return f"{steps} frames, in a loop."
+    return f"{steps} frames, in a loop: {context} are given, {steps - context} predicted."
+
+
+def _screen(frames: Sheet, alt: str, kind: str) -> str:
+    """A sheet, which without a script is shown as it is."""
+    size = f'data-frames="{frames.frames}" data-columns="{frames.columns}" data-rows="{frames.rows}"'
+    told = escape(f"{alt}: {frames.frames} frames")
+    return f'<div class="screen {kind}" {size}><img src="{frames.address}" alt="{told}"></div>\n'
+
+
+def _error(made: Pixels, truth: Pixels) -> NDArray[np.float32]:
+    """(k, H, W) in [-1, 1]."""
+    difference: NDArray[np.float32] = (made.astype(np.float32) - truth[-len(made) :]).mean(axis=3) / 255
+    return difference
+
+
+def _size(height: int, width: int) -> tuple[int, int]:
+    """Of frames in the page."""
+    factor = min(1.0, _LONGEST / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _shrunk(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    if pixels.shape[1:3] == size:
+        return pixels
+    channels = [_resized(pixels[..., channel].astype(np.float32), size) for channel in range(pixels.shape[3])]
+    shrunk: Pixels = np.stack(channels, axis=3).round().astype(np.uint8)
+    return shrunk
+
+
+def _resized(maps: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """(T, H, W) -> (T, *size), each pixel the mean of those that it takes the place of."""
+    resized: NDArray[np.float32] = interpolate(torch.from_numpy(maps)[:, None], size, mode="area")[:, 0].numpy()
+    return resized
+
+
+def _facts(facts: Mapping[str, str]) -> Iterator[str]:
+    if not facts:
+        return
+    yield "<footer>\n<details>\n<summary>How this was made</summary>\n<dl>\n"
+    for name, value in facts.items():
+        yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
+    yield "</dl>\n</details>\n</footer>\n"
