@@ -36,6 +36,7 @@ def test_tables_are_rectangles_of_numbers(name):
             horizon = next((part.horizon for part in table.parts if part.key == cell.part), 1)
             assert cell.first <= (cell.last or horizon) <= horizon
     assert table.protocol in PROTOCOLS
+    assert set(table.slips) <= {(row.labels[0], column) for row in table.rows for column in table.columns}
     assert len({(row.labels) for row in table.rows}) == len(table.rows)
 
 
@@ -137,15 +138,19 @@ def test_the_page_reads_well(name):
     assert table.source in lines[2]
     assert len([line for line in tabled if line.startswith("| **vpfast: run**")]) == len(table.lines)
     for row in table.rows:
+        values = [
+            f"{value} §" if (row.labels[0], column) in table.slips else value
+            for column, value in zip(table.columns, row.values, strict=True)
+        ]
         (line,) = [
             each
             for each in tabled
-            if [*each.split(" | ")[1 : len(row.labels)], *row.values] == each.split(" | ")[1:-1]
+            if [*each.split(" | ")[1 : len(row.labels)], *values] == each.split(" | ")[1:-1]
             and each.startswith(f"| {row.labels[0]}")
         ]
         assert ("†" in line) == (row.protocol not in (None, table.protocol))
         assert ("‡" in line) == (row.protocol is None)
-    for mark in "†‡":
+    for mark in "†‡§":
         assert (f"\n{mark}: " in said) == any(mark in line for line in tabled)
     for note in table.notes:
         assert f"- {note}" in lines

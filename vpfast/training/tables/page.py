@@ -6,7 +6,7 @@ from typing import Any
 from vpfast.training.tables.measured import Entry, MeasuredRow, measured_rows
 from vpfast.training.tables.printed import PROTOCOL_OF, Cell, Row, Table, bare_name
 
-OTHER, UNKNOWN = "†", "‡"
+OTHER, UNKNOWN, SLIP = "†", "‡", "§"
 
 
 def to_dict(table: Table, entries: Sequence[Entry], protocol: str) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def to_dict(table: Table, entries: Sequence[Entry], protocol: str) -> dict[str, 
         "protocol": protocol,
         "columns": headings,
         "rows": rows,
+        "slips": [{"method": method, "column": column} for method, column in table.slips],
         "measured": [entry.to_dict() for entry in entries],
         "notes": list(table.notes),
     }
@@ -59,9 +60,11 @@ def markdown(table: Table, entries: Sequence[Entry], protocol: str) -> str:
     """The page: the table, what its marks mean, on what both sides were measured, and what a reader must know."""
     measured = measured_rows(table, entries)
     headings = [*table.labels, *table.columns, "Protocol"]
-    lines = [f"# {table.caption}", "", f"Printed: {table.source}.", ""]
+    lines = [f"# {table.caption}", ""]
+    brackets = " Numbers in brackets are that paper's references." if "[" in str(table.rows) else ""
+    lines += [f"Printed in {table.source}.{brackets}", ""]
     lines += [_line(headings), _line(["---"] * len(table.labels) + ["---:"] * len(table.columns) + ["---"])]
-    lines += [_line(_printed_cells(row, protocol)) for row in table.rows]
+    lines += [_line(_printed_cells(table, row, protocol)) for row in table.rows]
     lines += [_line(_measured_cells(table, row, protocol)) for row in measured]
     lines += ["", *_legend(table, measured, protocol), "", *_conditions(table, entries)]
     if table.notes:
@@ -77,12 +80,16 @@ def _mark(protocol: str | None, ours: str) -> str:
     return f" {UNKNOWN}" if protocol is None else "" if protocol == ours else f" {OTHER}"
 
 
-def _printed_cells(row: Row, ours: str) -> list[str]:
+def _printed_cells(table: Table, row: Row, ours: str) -> list[str]:
     method, *labels = row.labels
     known = PROTOCOL_OF.get(bare_name(method))
-    but = f", but {known.but}" if known and known.but else ""
+    but = f", but {known.lpips}" if known and known.lpips and "lpips" in _metrics(table) else ""
     how = "not known" if row.protocol is None else f"{row.protocol}{but}"
-    return [method + _mark(row.protocol, ours), *labels, *row.values, how]
+    values = [
+        f"{value} {SLIP}" if (method, column) in table.slips else value
+        for column, value in zip(table.columns, row.values, strict=True)
+    ]
+    return [method + _mark(row.protocol, ours), *labels, *values, how]
 
 
 def _measured_cells(table: Table, row: MeasuredRow, ours: str) -> list[str]:
@@ -92,12 +99,16 @@ def _measured_cells(table: Table, row: MeasuredRow, ours: str) -> list[str]:
     return [f"**{method}**{_mark(row.protocol, ours)}", *labels, *numbers, row.protocol]
 
 
+def _metrics(table: Table) -> set[str]:
+    return {cell.quantity.metric for line in table.lines for cell in line.cells}
+
+
 def _number(cell: Cell, number: float | None) -> str:
     if number is None:
         return "."
     if cell.quantity.metric == "parameters":
         return f"**{number / 1e6:.{cell.quantity.digits}f}M**"
-    return f"**{number:.{cell.quantity.digits}f}**"
+    return f"**{round(number, cell.quantity.digits) + 0.0:.{cell.quantity.digits}f}**"  # + 0.0: no -0.000
 
 
 def _legend(table: Table, measured: Sequence[MeasuredRow], protocol: str) -> list[str]:
@@ -105,17 +116,24 @@ def _legend(table: Table, measured: Sequence[MeasuredRow], protocol: str) -> lis
     protocols = {row.protocol for row in table.rows} | {row.protocol for row in measured}
     own = any(row.protocol == protocol for row in table.rows if "(ours)" in row.labels[0].lower())
     whose = ", the paper's own" if own else ""
+    missing = any(number is None for row in measured for number in row.numbers)
+    lpips = "" if "lpips" not in _metrics(table) else "; LPIPS is with `--lpips true`"
+    blank = {text for row in table.rows for text in row.values} & {"-", "×"}
     lines = [
-        f"**Bold**: measured here by vpfast, under the protocol `{protocol}`{whose}. "
-        "`.`: not measured here. `-`, `×`: not printed in the paper."
+        f"**Bold**: measured here by vpfast, under the protocol `{protocol}`{whose}."
+        + (f" `.`: not measured here{lpips}." if missing else "")
+        + (f" `{blank.pop()}`: not printed in the paper." if blank else "")
     ]
     if protocols - {None, protocol}:
+        but = ", but for the pixel sum (MSE), which nearly does" if "mse_sum" in _metrics(table) else ""
         lines.append(
-            f"{OTHER}: measured under another protocol, as that method's released code shows. Its numbers do not"
-            f" compare with those under `{protocol}`, but for the pixel sum (MSE), which nearly does."
+            f"{OTHER}: measured under another protocol, as that method's released code shows. Its numbers do not "
+            f"compare with those under `{protocol}`{but}."
         )
     if None in protocols:
         lines.append(f"{UNKNOWN}: under which protocol it was measured is not known.")
+    if table.slips:
+        lines.append(f"{SLIP}: a slip in print, explained below.")
     return ["  \n".join(lines)]
 
 

@@ -78,6 +78,7 @@ class Table:
         labels, columns: headings, without those that ``Line.labels`` fill where there are none.
         lines: of each method.
         rows: as printed.
+        slips: what is wrong in print, by method and column; ``notes`` say why.
         notes: what a reader must know to compare.
     """
 
@@ -90,14 +91,15 @@ class Table:
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     rows: tuple[Row, ...]
+    slips: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
 class Known(NamedTuple):
-    """By which protocol a method's numbers were measured, as its released code shows, and how that differs from it."""
+    """By which protocol a method's numbers were measured, as its released code shows, and how its LPIPS differs."""
 
     protocol: str
-    but: str = ""
+    lpips: str = ""
 
 
 PROTOCOL_OF = {
