@@ -63,7 +63,8 @@ def iter_seq(path: str | os.PathLike[str], every: int = 1) -> Iterator[NDArray[n
     """The frames of a ``.seq`` file one at a time, uint8 RGB (H, W, 3).
 
     With ``every`` = n the n-th frame, the 2n-th and so on; the others are not decoded, but have to be there. Memory is
-    that of one frame, whatever the file says of its sizes.
+    that of one frame, whatever the file says of its sizes. JPEG has no checksum: damage within the pixels of a frame
+    may go unnoticed.
 
     Raises:
         VideoError: as :func:`read_seq_header`, and: cut off, a frame of another size or damaged, sizes of frames that
@@ -108,10 +109,11 @@ def _read_header(file: BinaryIO, path: Path) -> SeqHeader:
         raise VideoError(
             f"{path}: frames of {width}x{height} pixels (offset {_FIELDS_AT}); 1 to {MAX_PIXELS} pixels are read"
         )
-    most = (os.fstat(file.fileno()).st_size - _HEADER_BYTES) // _LEAST_FRAME
-    if frames > most:
+    size = os.fstat(file.fileno()).st_size
+    if frames * _LEAST_FRAME > size - _HEADER_BYTES:
         raise VideoError(
-            f"{path}: the header (offset {_FIELDS_AT + 24}) promises {frames} frames, more than the file can hold"
+            f"{path}: the header (offset {_FIELDS_AT + 24}) promises {frames} frames, more than fit into its {size} "
+            "bytes; was it cut off?"
         )
     return SeqHeader(width, height, frames or None, fps if math.isfinite(fps) and 0 < fps < 1e4 else None)
 

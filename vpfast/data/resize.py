@@ -1,5 +1,6 @@
 """Resizing of frames, one rule for every source."""
 
+import math
 from typing import Literal
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 Fit = Literal["squash", "crop"]
 Size = tuple[int, int] | int | None
+
+_SPARE = 8
+"""A frame up to so many times longer than ``size`` in its proportions is resized whole before it is cropped."""
 
 
 def parse_size(size: Size) -> tuple[int, int] | None:
@@ -24,18 +28,32 @@ def resize(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor
     """uint8 (T, C, H, W) -> uint8 (T, C, *size).
 
     ``fit="squash"`` keeps the whole picture and lets its proportions go, as the KTH literature does (160x120 to
-    128x128); ``"crop"`` keeps the proportions and the centre. Bilinear with antialiasing (each output pixel averages
-    the whole area it covers), by PyTorch and not by the video decoder: the result is then the same for videos and
-    image files, and does not depend on the pixel format or on the build of FFmpeg.
+    128x128); ``"crop"`` keeps the proportions: the frame is resized to cover ``size``, then its centre cut out, as
+    PredNet does. Bilinear with antialiasing (each output pixel averages the whole area it covers), by PyTorch and not
+    by the video decoder: the result is then the same for videos and image files, and does not depend on the pixel
+    format or on the build of FFmpeg.
     """
     if fit not in ("squash", "crop"):
         raise ValueError(f'fit must be "squash" or "crop", got {fit!r}')
     height, width = frames.shape[-2:]
     if fit == "crop":
-        scale = min(height / size[0], width / size[1])
-        crop_height, crop_width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-        top, left = (height - crop_height) // 2, (width - crop_width) // 2
-        frames = frames[..., top : top + crop_height, left : left + crop_width]
+        scale = max(size[0] / height, size[1] / width)
+        # Of a frame that is far longer than asked the middle will do: memory must not follow a file's proportions.
+        frames = _centre(frames, (math.ceil(_SPARE * size[0] / scale), math.ceil(_SPARE * size[1] / scale)))
+        height, width = frames.shape[-2:]
+        covering = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+        return _centre(_interpolated(frames, covering), size)
+    return _interpolated(frames, size)
+
+
+def _centre(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of the frames, where they are larger than ``size``."""
+    height, width = frames.shape[-2:]
+    top, left = max(0, height - size[0]) // 2, max(0, width - size[1]) // 2
+    return frames[..., top : top + size[0], left : left + size[1]].contiguous()
+
+
+def _interpolated(frames: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(frames.shape[-2:]) == size:
         return frames
     # In float32: torch 2.13's faster uint8 kernel fails on frames of one column, and differs between processors.

@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = frozenset(
     | {".y4m", ".mxf", ".apng"}
 )
 
-_FORMAT = 2  # part of every cache key: a change in what is stored must not meet files of before
+_FORMAT = 3  # part of every cache key: a change in what is stored must not meet files of before
 
 
 @dataclass(frozen=True)
