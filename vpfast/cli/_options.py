@@ -159,8 +159,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is not one; the message names the file.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-        _walk(values)
+        text = path.read_text()
+        _refuse_twice(path, yaml.compose(text, yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {_one_line(str(error))}") from error
     except RecursionError as error:
@@ -170,10 +171,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _walk(values: Any) -> None:
-    """Raise RecursionError where something holds itself."""
-    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
-        _walk(value)
+def _refuse_twice(path: Path, node: yaml.Node | None, prefix: str = "") -> None:
+    """Raise ValueError for a key that is there twice, RecursionError where something holds itself."""
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_twice(path, value, prefix)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ValueError(f"{path}: {name}: given twice, in lines {lines[name]} and {line}")
+        lines[name] = line
+        _refuse_twice(path, value, f"{name}.")
 
 
 def _value(text: str) -> Any:
