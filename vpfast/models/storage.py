@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -51,15 +52,25 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         TypeError: not a model of :mod:`vpfast.models`.
         OSError: there is no room, or no permission.
     """
-    description = _describe(model)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    contents = as_files(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as all_written:
+        for name, data in contents.items():
+            all_written.enter_context(new_file(folder / name, replace=True)).write_bytes(data)
+
+
+def as_files(model: nn.Module) -> dict[str, bytes]:
+    """What :func:`save` writes: the content of each file by its name.
+
+    Raises:
+        TypeError: not a model of :mod:`vpfast.models`.
+    """
+    description = _describe(model)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     # The description travels inside the weights too: load() sees when the two files are of two different saves.
-    data = serialized(state, metadata={"vpfast": json.dumps(description)})
-    with new_file(folder / CONFIG, replace=True) as config, new_file(folder / WEIGHTS, replace=True) as weights:
-        weights.write_bytes(data)
-        config.write_text(json.dumps(description, indent=2) + "\n")
+    weights = serialized(state, metadata={"vpfast": json.dumps(description)})
+    return {CONFIG: (json.dumps(description, indent=2) + "\n").encode(), WEIGHTS: weights}
 
 
 def load(folder: str | os.PathLike[str]) -> nn.Module:

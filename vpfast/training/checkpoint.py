@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vpfast import models
 from vpfast._files import new_folder
-from vpfast.models.storage import CONFIG, WEIGHTS
+from vpfast.models.storage import CONFIG, WEIGHTS, as_files
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 
 _TRAINING, _STATE, _PROGRESS = "training.json", "state.pt", "checkpoint.json"
@@ -95,8 +95,10 @@ def save(root: Path, networks: Networks, state: State, config: TrainConfig) -> P
 
 
 def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
-    """The model, and beside it how it was trained: the size of its frames, its context, where its clips came from."""
-    models.save(model, folder)
+    """The model as :func:`vpfast.models.save` writes it, and beside it how it was trained: the size of its frames, its
+    context, where its clips came from. Into a folder that nobody reads yet."""
+    for name, data in as_files(model).items():
+        (folder / name).write_bytes(data)
     (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
