@@ -1,12 +1,21 @@
 """The smallest run that has every part of a real one."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from vpfast.training import DataConfig, TrainConfig
+from vpfast.training import DataConfig, TrainConfig, log
 
 CODES = {"name": "hrvqvae", "channels": [4], "residual_channels": 4, "latent_channels": 3, "codebook_size": 3}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unpainted():
+    """No run paints its curves, which takes longer than the run; what would be painted is asserted in test_log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "write_curves", lambda path, panels, **how: Path(path).touch())
+        yield
 
 
 @pytest.fixture

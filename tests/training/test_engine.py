@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import signal
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import vpfast.models
@@ -168,6 +170,18 @@ def test_models_that_cannot_be_are_refused_before_the_folder_is_made(tiny, model
     with pytest.raises(ValueError, match=message):
         train(config, progress=False)
     assert not Path(config.out).exists()
+
+
+def test_of_accelerates_own_set_up_only_processes_and_devices_count(tiny, monkeypatch):
+    """Accumulation would divide the loss, another precision would not be the run's, shards could not be saved."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = engine.accelerator(tiny())
+    assert (made.gradient_accumulation_steps, made.mixed_precision) == (1, "no")
+    shards = types.SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(engine, "Accelerator", lambda **how: shards)
+    with pytest.raises(ValueError, match="accelerate is set up for FSDP, must be for plain data parallelism"):
+        engine.accelerator(tiny())
 
 
 def test_the_learning_rate_warms_up_and_falls(tiny):

@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vpfast._files import clear_up
 from vpfast.training import OptimConfig, Stopped, checkpoint, engine, train
 from vpfast.training.config import to_dict
-from vpfast._files import clear_up
 
 
 def weights(folder):
@@ -152,6 +152,28 @@ def refuse(patch, name, number):
     patch.setattr(Path, "open", open_)
     patch.setattr(Path, "write_bytes", lambda path, data: open_(path, "wb").write(data))
     patch.setattr(Path, "write_text", lambda path, text: open_(path, "w").write(text))
+
+
+def test_data_that_cannot_be_read_is_not_told_as_a_full_disk(tiny, monkeypatch):
+    def closed(*args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/clip.avi")
+
+    monkeypatch.setattr("vpfast.data.MovingDigits.__getitem__", closed)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] Permission denied: '/elsewhere/clip.avi'$"):
+        train(tiny(), progress=False)
+
+
+def test_a_run_that_other_processes_began_says_so(tiny, halfway, monkeypatch, capsys):
+    load = checkpoint.load
+
+    def of_two(*args):
+        state = load(*args)
+        state.random *= 2
+        return state
+
+    monkeypatch.setattr(checkpoint, "load", of_two)
+    train(tiny(), resume=True, progress=False)
+    assert "step-00000004 was saved by 2 processes, 1 go on: a step has as many clips" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_data_is_read(tiny, monkeypatch, tmp_path):

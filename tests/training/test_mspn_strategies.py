@@ -32,10 +32,10 @@ def test_adversarial_training_on_kth_keeps_the_scores_where_the_algorithm_asks(t
     updates = 0
     for record in records:
         updates += 1
-        real, predicted = record["real_score"], record["predicted_score"]
+        real, predicted, lower, upper = record["score"].values()
         assert abs(real) < 5
         assert abs(predicted) < 5
-        low, high = predicted > record["lower"], predicted < record["upper"]
+        low, high = predicted > lower, predicted < upper
         assert record["capped"] == (updates == 8 and not (low if record["generator"] else high))
         assert record["turn_ends"] == (record["capped"] or (low if record["generator"] else high))
         updates = 0 if record["turn_ends"] else updates

@@ -6,7 +6,7 @@ the stronger. One step of a run is one update of one of them, on new clips, as i
 """
 
 import sys
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class AdversarialUpdate:
     evaluation mode. What the log tells beside the loss that is minimised:
 
     - ``generator``: 1 where it was the generator's update, and then ``pixel`` and ``adversarial``, the parts of Eq. 8;
-    - ``real_score`` and ``predicted_score``: Rs and Ps; ``lower`` and ``upper``: Rs - c2 and Rs - c1;
+    - ``score``: by name, ``Rs`` and ``Ps``, and between which ``Ps`` is to lie, ``Rs - c2`` and ``Rs - c1``;
     - ``turn_ends``: 1 where the turn ends with this update; ``capped``: 1 where the cap ended it.
     """
 
@@ -113,7 +113,7 @@ class AdversarialUpdate:
             discriminator = synced(discriminator)
         if config.channels_last:
             discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.discriminator = discriminator.to(accelerator.device)
+        self.discriminator = discriminator
         optim, own = config.optim, config.adversarial
         made = Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay)
         judging = Adam(discriminator.parameters(), own.lr, weight_decay=own.weight_decay)
@@ -123,7 +123,7 @@ class AdversarialUpdate:
         self.modules: dict[str, nn.Module] = {"discriminator": discriminator, "turns": self.turns}
         self.optimizers: dict[str, Optimizer] = {"model": self._making, "discriminator": self._judging}
 
-    def __call__(self, frames: Tensor, step: int) -> dict[str, float]:
+    def __call__(self, frames: Tensor, step: int) -> dict[str, Any]:
         config, generators = self.context.config, bool(self.turns.generators)
         share = learning_rate(config, step) / config.optim.lr
         optimizer = self._making if generators else self._judging
@@ -136,8 +136,9 @@ class AdversarialUpdate:
         parameters = self.context.parameters if generators else list(self.discriminator.parameters())
         clip(self.context.accelerator, optimizer, parameters, config.optim.clip_norm)
         optimizer.step()
-        told |= {"generator": float(generators), **self._stand(told, step), "lr": share * config.optim.lr}
-        return told | scale(self.context.accelerator)
+        standing = self._stand(told.pop("real_score"), told.pop("predicted_score"), step)
+        told |= {"generator": float(generators), "lr": share * config.optim.lr}
+        return {**told, **standing, **scale(self.context.accelerator)}
 
     def _discriminator_loss(self, frames: Tensor, step: int) -> Loss:
         """Algorithm 2, lines 5-7."""
@@ -167,10 +168,10 @@ class AdversarialUpdate:
         parts = {"pixel": pixel, "adversarial": adversarial, **scores}
         return Loss(pixel + own.weight * adversarial, parts, pixel if summed else None, ("pixel",) if summed else ())
 
-    def _stand(self, told: dict[str, float], step: int) -> dict[str, float]:
+    def _stand(self, real: float, predicted: float, step: int) -> dict[str, Any]:
         """Move the turns on, and what the log tells of it."""
         whose = "generator" if self.turns.generators else "discriminator"
-        now = self.turns.after(told["real_score"], told["predicted_score"])
+        now = self.turns.after(real, predicted)
         if now.capped and self.context.accelerator.is_main_process:
             tqdm.write(
                 f"step {step + 1}: the {whose}'s turn ended at adversarial.cap ({self.turns.config.cap} updates) "
@@ -178,10 +179,7 @@ class AdversarialUpdate:
                 file=sys.stderr,
             )
         return {
-            "real_score": now.real,
-            "predicted_score": now.predicted,
-            "lower": now.lower,
-            "upper": now.upper,
+            "score": {"Rs": now.real, "Ps": now.predicted, "Rs - c2": now.lower, "Rs - c1": now.upper},
             "turn_ends": float(now.ends),
             "capped": float(now.capped),
         }

@@ -30,8 +30,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self._averages.items():
-            average.lerp_(self._parameters[name], 1 - decay)
+        weights: list[Tensor] = [self._parameters[name] for name in self._averages]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)  # one kernel on a GPU, not hundreds
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

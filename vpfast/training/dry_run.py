@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpfast.training.config import TrainConfig
-from vpfast.training.engine import accelerator
+from vpfast.training.engine import accelerator, freeze_all_but
 from vpfast.training.network import build_model, recipe_for
 from vpfast.training.stages import runs_of
 from vpfast.training.update import Context, Update
@@ -65,15 +64,14 @@ def cost(config: TrainConfig) -> Cost:
         importlib.import_module(module)
     config = _measurable(config)
     prepared = accelerator(config)
+    prepared.device_placement = False  # a parameter without values cannot be moved, and need not be
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Ones())  # type: ignore[no-untyped-call]
-        # A parameter without values cannot be moved, and need not be.
-        stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **options: self))
         memory = stack.enter_context(_Memory())
         recipe, model = recipe_for(config), build_model(config)
         trained = recipe.trained(model)
-        _freeze_all_but(trained, model)
+        freeze_all_but(trained, model)
         update = recipe.update(Context(model, trained, config, prepared, recipe))
         networks = {"model": model, **update.modules}
         stack.enter_context(memory.of_backward(networks, update.optimizers))
@@ -94,13 +92,7 @@ def _measurable(config: TrainConfig) -> TrainConfig:
     """The same run as far as sizes go, on the CPU, where float16 cannot be trained in and bfloat16 is as large."""
     precision = "bf16" if config.precision == "fp16" else config.precision
     model = config.model | ({"joint_inputs": "teacher"} if config.model.get("joint_inputs") == "free" else {})
-    return dataclasses.replace(config, device="cpu", precision=precision, model=model, tensorboard=False)
-
-
-def _freeze_all_but(trained: Any, model: nn.Module) -> None:
-    model.requires_grad_(False)
-    for part in trained:
-        part.requires_grad_(True)
+    return dataclasses.replace(config, device="cpu", precision=precision, model=model, channels_last=False)
 
 
 def _cost(config: TrainConfig, model: nn.Module, update: Update, memory: "_Memory", flops: int) -> Cost:
@@ -243,7 +235,8 @@ NOTE = (
     "Estimated for one process, from one step on tensors without values: no data was read, nothing written.\n"
     "Memory: peak is weights, optimizer states and activations; gradients take the activations' place as the backward\n"
     "pass goes; what the allocator and libraries need comes on top. Adversarial training: the generator's step.\n"
-    "FLOPs: convolutions, matrix products, attention and codeword search, forward and backward."
+    "FLOPs: convolutions, matrix products, attention and codeword search, forward and backward; the codes that\n"
+    "model.joint_inputs 'free' has chosen come on top."
 )
 
 

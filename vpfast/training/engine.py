@@ -15,16 +15,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vpfast._files import clear_up, new_folder, unwritable, write_file
 from vpfast.training import checkpoint
 from vpfast.training.average import Average
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
-from vpfast._files import clear_up, new_folder, unwritable, write_file
 from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
 from vpfast.training.update import Context
@@ -35,6 +35,8 @@ _FREE = (
     *("out", "steps", "workers", "device", "val_every", "val_clips", "save_every", "keep", "data.root", "data.cache"),
     *("patience", "checkpoint_activations", "tensorboard", "strip_every"),
 )
+
+_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -88,7 +90,7 @@ class _Run:
         if source is not None and saved is None:
             start_from(self.recipe, model, source)
         trained = self.recipe.trained(model)
-        _freeze_all_but(trained, model)
+        freeze_all_but(trained, model)
         decay = config.optim.ema_decay
         self.average = None if decay is None else Average(model, trained, decay)
         self.update = self.recipe.update(Context(model, trained, config, self.accelerator, self.recipe))
@@ -107,7 +109,7 @@ class _Run:
         try:
             return self._run(last)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _NO_ROOM or not _lies_in(self.out, error.filename):
                 raise
             saved = checkpoint.found(self.out / "checkpoints")
             kept = f"{saved[-1].name} is kept, and resume goes on from there" if saved else "nothing was saved before"
@@ -243,6 +245,12 @@ class _Run:
             optimizer.load_state_dict(state.optimizers[name])
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        if len(state.random) != self.accelerator.num_processes and self.accelerator.is_main_process:
+            print(
+                f"vpfast: {path} was saved by {len(state.random)} processes, {self.accelerator.num_processes} go on: "
+                "a step has as many clips for each of them as before",
+                file=sys.stderr,
+            )
         place = self.accelerator.process_index
         checkpoint.restore_random_state(state.random[place if place < len(state.random) else 0])
         self.at = state.progress
@@ -262,6 +270,11 @@ class _Run:
     def _on_main(self, work: Callable[[], object]) -> None:
         """Do it in the main process; where it fails every process fails, and none waits for ever."""
         agreed(self.accelerator, work if self.accelerator.is_main_process else lambda: None)
+
+
+def _lies_in(out: Path, name: object) -> bool:
+    """Whether an error is of a file in ``out``. One that names no file came of writing, which happens nowhere else."""
+    return not isinstance(name, str) or Path(name).absolute().is_relative_to(out.absolute())
 
 
 def ended(at: checkpoint.Progress, config: TrainConfig) -> bool:
@@ -291,18 +304,29 @@ def agreed(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate keeps one state a process, precision included; a second run in the same process needs a fresh one.
 
+    Of what ``accelerate config`` may have been told it takes the processes and the devices: precision and accumulation
+    are keys of a run.
+
     Raises:
-        ValueError: a precision that the device does not have.
+        ValueError: a precision that the device does not have, or a way to share the work that vpfast has not.
     """
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {"fp32": "no"}.get(config.precision, config.precision)
     cpu = pick_device(config.device).type == "cpu"
     if cpu and config.precision == "fp16":  # Accelerate would compute in float32 and not say so
         raise ValueError("precision: 'fp16' given, must be 'fp32' or 'bf16' on the CPU")
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    once = GradientAccumulationPlugin(num_steps=1)
+    made = Accelerator(mixed_precision=precision, cpu=cpu, gradient_accumulation_plugin=once)
+    if made.distributed_type in _SHARDED:
+        raise ValueError(
+            f"accelerate is set up for {made.distributed_type.value}, must be for plain data parallelism, in which "
+            "every process holds the whole model; `accelerate launch --multi_gpu` overrides the set-up"
+        )
+    return made
 
 
-def _freeze_all_but(trained: Sequence[nn.Module], model: nn.Module) -> None:
+def freeze_all_but(trained: Sequence[nn.Module], model: nn.Module) -> None:
+    """Let gradients reach the parts ``trained`` of ``model``, and nothing else."""
     model.requires_grad_(False)
     for part in trained:
         part.requires_grad_(True)

@@ -60,11 +60,12 @@ class Update(Protocol):
         """All of them, by name."""
         ...
 
-    def __call__(self, frames: Tensor, step: int) -> dict[str, float]:
+    def __call__(self, frames: Tensor, step: int) -> dict[str, Any]:
         """Take step number ``step``, from 0, on this process's clips, (B, T, C, H, W) on its device.
 
         Returns:
-            What the log tells, the same in every process; under ``"loss"`` what is minimised.
+            What the log tells, numbers or numbers by name, the same in every process; under ``"loss"`` what is
+            minimised.
 
         Raises:
             FloatingPointError: the loss is not finite; nothing has moved then.
