@@ -56,22 +56,23 @@ class Perceptual:
 
 
 def _network() -> nn.Module:
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
-        raise ImportError(
-            f"LPIPS needs the packages lpips and torchvision, which cannot be imported ({error}). First install the "
-            "torchvision that goes with your torch, from where your torch came from, then pip install 'vpfast[lpips]'; "
-            "in the other order pip replaces torch"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(pretrained|weights).*", category=UserWarning)
+    with warnings.catch_warnings():
+        # Of no use to whoever measures: how lpips calls torchvision, and what torchvision reads pictures with.
+        warnings.filterwarnings("ignore", message=".*(pretrained|weights|image Python extension)", category=UserWarning)
+        try:
+            import lpips
+        except (ImportError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
+            raise ImportError(
+                f"LPIPS needs the packages lpips and torchvision, which cannot be imported ({error}). First install "
+                "the torchvision that goes with your torch, from where your torch came from, then pip install "
+                "'vpfast[lpips]'; in the other order pip replaces torch"
+            ) from error
+        try:
             network: nn.Module = lpips.LPIPS(net="alex", verbose=False)
-    except (OSError, RuntimeError) as error:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
-        raise FileNotFoundError(
-            f"LPIPS needs the weights of its backbone AlexNet, which could not be read or downloaded ({error}). "
-            f"Download {_ADDRESS} once, on any machine, and place it at {path}"
-        ) from error
+        except (OSError, RuntimeError) as error:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+            raise FileNotFoundError(
+                f"LPIPS needs the weights of its backbone AlexNet, which could not be read or downloaded ({error}). "
+                f"Download {_ADDRESS} once, on any machine, and place it at {path}"
+            ) from error
     return network
