@@ -41,8 +41,8 @@ class Human36M:
 
     With ``lists``, what OpenSTL publishes instead: a folder with ``train.txt`` and ``test.txt``, whose lines
     ``images/S11_Walking.60457274_,1621`` each name a window of ``length`` pictures five frames apart, the first
-    ``images/S11_Walking.60457274_001621.jpg``. Every window becomes a recording, as windows there overlap at will;
-    OpenSTL's own size is ``--size [256,256] --crop null``.
+    ``images/S11_Walking.60457274_001621.jpg``. They are not cropped. Every window becomes a recording, as windows there
+    overlap at will. OpenSTL's own size is ``--size [256,256]``.
     """
 
     name: ClassVar[str] = "human36m"
@@ -50,7 +50,7 @@ class Human36M:
     fit: Fit = option("squash", "how frames of other proportions are met: squash, or crop to the centre")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     crop: tuple[int, int] | None = option(
-        (120, 880), "first row and column kept, and the first not kept, before resizing; null keeps the whole frame"
+        (120, 880), "of a video keep from this row and column up to that one, as MSPN does; null keeps all"
     )
     val_subjects: tuple[str, ...] = option(("S9",), "subjects held apart from training for validation; [] holds none")
     lists: bool = option(False, "read OpenSTL's train.txt, test.txt and pictures instead of the videos")
@@ -104,23 +104,23 @@ class Human36M:
 
     def _windows(self, src: Path) -> Iterator[Recording]:
         there: dict[Path, set[str]] = {}
-        for name, split in _LISTS.items():
-            for line, prefix, start in _read_list(src / name):
-                place = f"{src / name}: line {line}"
+        for listed, split in _LISTS.items():
+            for line, prefix, start in _read_list(src / listed):
+                place = f"{src / listed}: line {line}"
                 match = _PREFIX.fullmatch(prefix.name)
                 if not match or match["subject"] not in SUBJECTS:
                     raise DataError(f"{place}: {prefix} is no prefix such as images/S11_Walking.60457274_")
-                files = [src / f"{prefix}{start + LIST_STEP * k:06}.jpg" for k in range(self.length)]
-                folder = files[0].parent
+                names = _names_of_window(prefix.name, start, self.length)
+                folder = src / prefix.parent
                 if folder not in there:
                     there[folder] = _names_in(folder, place)
-                if missing := [file for file in files if file.name not in there[folder]]:
-                    raise DataError(f"{place}: {missing[0]} is missing, one of {self.length} pictures of a window")
+                if missing := [each for each in names if each not in there[folder]]:
+                    raise DataError(f"{place}: {folder / missing[0]} is missing, of the {self.length} of a window")
                 yield Recording(
                     f"{prefix.name[:-1].replace('_', '/', 1)}/{start:06}",
                     self._split(match["subject"]) if split == "train" else split,
-                    files[0],
-                    partial(_frames_of_window, files, self.crop),
+                    folder / names[0],
+                    partial(_frames_of_window, folder, prefix.name, start, self.length),
                     fps=FPS / LIST_STEP,
                     tags=tagged(**match.groupdict()),
                 )
@@ -131,18 +131,16 @@ class Human36M:
         return "val" if subject in self.val_subjects else "train"
 
 
+def _names_of_window(prefix: str, start: int, length: int) -> list[str]:
+    return [f"{prefix}{start + LIST_STEP * index:06}.jpg" for index in range(length)]
+
+
+def _frames_of_window(folder: Path, prefix: str, start: int, length: int) -> Iterator[NDArray[np.uint8]]:
+    return iter_images(folder / name for name in _names_of_window(prefix, start, length))
+
+
 def _frames_of_video(path: Path, crop: tuple[int, int] | None) -> Iterator[NDArray[np.uint8]]:
-    return _cropped(frames_of_video(path), path, crop)
-
-
-def _frames_of_window(files: list[Path], crop: tuple[int, int] | None) -> Iterator[NDArray[np.uint8]]:
-    return _cropped(iter_images(files), files[0], crop)
-
-
-def _cropped(
-    frames: Iterator[NDArray[np.uint8]], path: Path, crop: tuple[int, int] | None
-) -> Iterator[NDArray[np.uint8]]:
-    for frame in frames:
+    for frame in frames_of_video(path):
         if crop is None:
             yield frame
             continue
