@@ -97,7 +97,7 @@ def read_index(root: str | os.PathLike[str]) -> Index:
     path = root / INDEX_NAME
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(_no_index(root)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as the index of a prepared set ({error})") from error

@@ -52,7 +52,8 @@ class MovingMNIST:
         return [each for split in sorted(sources) for each in self._of_split(split, sources[split])]
 
     def _of_split(self, split: Split, file: Path) -> list[Recording]:
-        given = (file if file.suffix == ".npy" else file.parent, split, self.length, getattr(self, split), self.seed)
+        source, changed = (file if file.suffix == ".npy" else file.parent), file.stat().st_mtime_ns
+        given = (source, split, self.length, getattr(self, split), self.seed, changed)
         clips = _digits(*given)  # a damaged file is told now
         digits = max(5, len(str(len(clips) - 1)))
         return [
@@ -70,11 +71,11 @@ def _source(src: Path, split: Split) -> Path | None:
 
 
 @lru_cache(maxsize=3)
-def _digits(source: Path, split: Split, length: int, count: int, seed: int) -> MovingDigits:
-    """Kept in a process: the digits are read once, not once a clip."""
+def _digits(source: Path, split: Split, length: int, count: int, seed: int, changed: int) -> MovingDigits:
+    """Kept in a process, until the file has changed: the digits are read once, not once a clip."""
     return MovingDigits(source, split=split, length=length, count=count, seed=seed)
 
 
-def _frames(given: tuple[Path, Split, int, int, int], index: int) -> Iterator[NDArray[np.uint8]]:
+def _frames(given: tuple[Path, Split, int, int, int, int], index: int) -> Iterator[NDArray[np.uint8]]:
     for frame in _digits(*given).frames(index):
         yield np.repeat(frame[..., None], 3, axis=2)
