@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from vpfast.visual import Series, write_curves
+from vpfast.visual import Series, write_curves, write_frame_curves
 from vpfast.visual.curves import _means, _panel, _place
 
 
@@ -84,6 +84,68 @@ def test_what_is_not_finite_is_left_out(axes, tmp_path):
     with pytest.raises(ValueError, match=r"loss, x: as many values as steps expected, got \(2,\) and \(1,\)"):
         write_curves(tmp_path / "b.png", {"loss": {"x": Series([1], [1, 2])}})
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is drawn."""
+    from matplotlib.figure import Figure
+
+    made = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
+    return made
+
+
+def test_errors_by_frame_have_a_panel_a_metric_and_a_line_a_model(tmp_path, figures):
+    quiet = "repeat"
+    panels = {
+        "PSNR": {"a": [30, 20, 10], "b": [25, float("nan"), 15], quiet: [9, 8, 7]},
+        "SSIM": {"a": [0.9, 0.8, 0.7]},
+        "MSE": {"a": [float("nan")] * 3},
+    }
+    write_frame_curves(tmp_path / "a.png", panels, first=11, title="errors", quiet={quiet})
+    (figure,) = figures
+    psnr, ssim = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["PSNR", "SSIM"]
+    lines = {line.get_label(): line for line in psnr.get_lines()}
+    assert lines["a"].get_xdata().tolist() == [11, 12, 13]
+    assert lines["b"].get_xydata().tolist() == [[11, 25], [13, 15]]
+    looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
+    assert len(looks) == 3
+    assert lines[quiet].get_linestyle() == "--"
+    assert ssim.get_lines()[0].get_color() == lines["a"].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", quiet]
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert boxes[0].x1 < boxes[1].x0
+    assert image(tmp_path / "a.png").shape[1] == 1170
+
+
+@pytest.mark.parametrize("metrics", [1, 2, 3, 5])
+def test_panels_of_errors_and_their_words_do_not_overlap(tmp_path, figures, metrics):
+    names = [f"a model with a long name {number}" for number in range(8)]
+    panels = {f"metric {number}": {name: [1000.5, 2000.25] for name in names} for number in range(metrics)}
+    write_frame_curves(tmp_path / "a.png", panels, title="errors")
+    (figure,) = figures
+    inside = figure.bbox
+    boxes = [axes.get_tightbbox() for axes in figure.axes] + [figure.legends[0].get_tightbbox()]
+    for number, box in enumerate(boxes):
+        assert inside.x0 <= box.x0
+        assert box.x1 <= inside.x1
+        assert inside.y0 <= box.y0
+        assert box.y1 <= inside.y1
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+
+
+def test_errors_without_a_finite_value_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one finite value to draw, got none"):
+        write_frame_curves(tmp_path / "a.png", {"MSE": {"a": [float("nan")]}})
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):

@@ -21,6 +21,8 @@ from vpfast.training.network import check_fit
 from vpfast.training.recipes import BASELINE, MODEL, Recipe, Sampling, recipe_of
 
 DIGIT_CLIPS = 1000
+TAKEN = ("", "truth", BASELINE)
+"""What no model can be called."""
 
 
 class Measured(NamedTuple):
@@ -95,7 +97,7 @@ def measured(values: dict[str, Any], model: nn.Module | None) -> Measured:
     """
     model = required(model)
     config, sampling = _checked(values)
-    if not values["name"] or values["name"] == BASELINE:
+    if values["name"] in TAKEN:
         raise ValueError(f"name: {values['name']!r} given, must be another name")
     models = {values["name"]: model} | _beside(values["beside"], values["name"])
     for name, each in models.items():
@@ -138,7 +140,7 @@ def _beside(folders: dict[str, Any], first: str) -> dict[str, nn.Module]:
     """The other models to measure, by the names that they were given."""
     models: dict[str, nn.Module] = {}
     for name, folder in folders.items():
-        if name in (first, BASELINE) or not isinstance(folder, str):
+        if name in (first, *TAKEN) or not isinstance(folder, str):
             raise ValueError(f"beside.{name}: {folder!r} given, must be --beside.NAME FOLDER with another name")
         with _named(f"beside.{name}: "):
             models[name], _ = read_weights(Path(folder), nn.Module)

@@ -144,7 +144,7 @@ def _clips(
     for index in torch.linspace(0, count - 1, min(values["show"], count)).round().long().tolist():
         truth, given = clips[index], (subject.config.context, values["device"], subject.sampling)
         made = {title: shown(model, truth, *given) for title, model in models.items()}
-        notes = {title: f"{errors(clip, truth[-len(clip) :])['psnr']:.1f} dB" for title, clip in made.items()}
+        notes = {title: f"PSNR {errors(clip, truth[-len(clip) :])['psnr']:.1f} dB" for title, clip in made.items()}
         found.append(Clip(f"Clip {index + 1} of {count}", truth, made, notes))
     return found
 

@@ -20,6 +20,7 @@ _POINTS = 120  # of that line
 _DECADE = 10.0  # between the smallest and the largest value, beyond which a scale is logarithmic
 _LEGEND = 8
 _PANEL_W, _PANEL_H, _ABOVE, _BELOW = 4.5, 2.0, 0.34, 0.42  # inches: of an error's axes and labels
+_SAMPLE, _CHARACTER = 0.75, 0.085  # of a line in the legend, and at the most, on average, of a letter beside it
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MARKED = 20  # marks on a line, at the most twice as many
 
@@ -109,7 +110,8 @@ def write_frame_curves(
     columns = min(2, len(drawn))
     rows, row_h = -(-len(drawn) // columns), _ABOVE + _PANEL_H + _BELOW
     top = 0.12 + (0.28 if title else 0)
-    legend_h = 0.24 * -(-len(names) // (3 * columns)) + 0.06
+    beside = max(1, min(len(names), int((columns * _PANEL_W - 0.4) / (_SAMPLE + _CHARACTER * max(map(len, names))))))
+    legend_h = 0.24 * -(-len(names) // beside) + 0.06
     width, height = columns * _PANEL_W, top + legend_h + rows * row_h
     figure = figure_type(figsize=(width, height), dpi=dpi, facecolor="white")
     if title:
@@ -129,7 +131,7 @@ def write_frame_curves(
     figure.legend(
         [handles[name] for name in names],
         names,
-        ncols=3 * columns,
+        ncols=beside,
         fontsize=9,
         frameon=False,
         labelcolor=_INK,

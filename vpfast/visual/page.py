@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vpfast.visual._sheet import Sheet, sheet, signed
 
 _LONGEST = 256  # pixels, of a frame's longer side in the page
 _ENLARGED = 128  # pixels, below which a page shows them as squares
+_TRUTH = "truth"
 _FAINTEST = 0.01  # the least error that is shown at full strength
 
 
@@ -141,8 +143,8 @@ def _curves(curves: Curves) -> Iterator[str]:
         yield f"<figure>\n<figcaption>{escape(heading)}</figcaption>\n{drawn}\n</figure>\n"
     yield "</div>\n<details>\n<summary>The numbers behind the curves</summary>\n"
     for heading, lines in panels.items():
-        steps = range(max(map(len, lines.values())))
-        rows = {str(curves.first + at): [f"{values[at]:.4g}" for values in lines.values()] for at in steps}
+        by_frame = enumerate(zip_longest(*lines.values()), curves.first)
+        rows = {str(at): ["" if each is None else f"{each:.4g}" for each in values] for at, values in by_frame}
         yield _table(Table(f"{heading} by frame", list(lines), rows))
     yield "</details>\n</section>\n"
 
@@ -152,40 +154,52 @@ def _any_finite(lines: Mapping[str, Sequence[float]]) -> bool:
 
 
 def _clips(page: Page) -> Iterator[str]:
+    """Every clip, and what plays them all at once."""
     if not page.clips:
         return
-    pixels = [check_rows({"truth": clip.truth, **clip.made}, page.context)[0] for clip in page.clips]
-    shapes = {each["truth"].shape[:3] for each in pixels}
+    shown = [_checked(clip, page.context) for clip in page.clips]
+    shapes = {pixels[_TRUTH].shape[:3] for pixels, _ in shown}
     if len(shapes) > 1:
         raise ValueError(f"clips must be equally long and of one size, got (T, H, W) of {sorted(shapes)}")
     steps, height, width = shapes.pop()
     size = _size(height, width)
-    errors = [
-        {name: _error(each[name], each["truth"]) for name in clip.made}
-        for clip, each in zip(page.clips, pixels, strict=True)
-    ]
-    limit = max([_FAINTEST, *(float(np.abs(error).max()) for each in errors for error in each.values())])
+    limit = max([_FAINTEST, *(float(np.abs(error).max()) for _, errors in shown for error in errors.values())])
     kind = "pixels" if max(size) < _ENLARGED else "smooth"
     yield f'<section class="clips {kind}" data-steps="{steps}" data-context="{page.context}" data-fps="{page.fps:g}">\n'
     yield f"<h2>Clips</h2>\n<p>{_told(page.context, steps)} Below each prediction its error: "
-    yield '<span class="red">red</span> where it is too bright, <span class="blue">blue</span> where it is too dark, '
-    yield f'in full colour where it is {limit:.0%} of the way from black to white.</p>\n<div class="grid">\n'
-    for clip, shown, wrong in zip(page.clips, pixels, errors, strict=True):
+    yield '<span class="red">red</span> where it is too bright, <span class="blue">blue</span> where it is too dark; '
+    yield f'full colour stands for {limit:.0%} of the way from black to white.</p>\n<div class="grid">\n'
+    for clip, (pixels, errors) in zip(page.clips, shown, strict=True):
         yield f'<article>\n<h3>{escape(clip.name)}</h3>\n<div class="screens">\n'
-        truth = _screen(sheet(_shrunk(shown["truth"], size)), f"{clip.name}, what really happened", "truth")
-        yield f"<figure>\n<figcaption>truth <small>real frames</small></figcaption>\n{truth}</figure>\n"
-        for name in clip.made:
-            note = f"<small>{escape(clip.notes.get(name, ''))}</small>"
-            made = _screen(sheet(_shrunk(shown[name], size)), f"{clip.name}, {name}", "made")
-            colours = signed(_resized(wrong[name], size), limit)
-            error = _screen(sheet(colours), f"{clip.name}, error of {name}", "error")
-            yield f"<figure>\n<figcaption>{escape(name)} {note}</figcaption>\n{made}{error}</figure>\n"
+        truth = _screen(sheet(_shrunk(pixels[_TRUTH], size)), f"{clip.name}, what really happened", _TRUTH)
+        yield _column(_TRUTH, "real frames", truth)
+        for name, error in errors.items():
+            made = _screen(sheet(_shrunk(pixels[name], size)), f"{clip.name}, {name}", "made")
+            wrong = sheet(signed(_resized(error, size), limit))
+            yield _column(
+                name, clip.notes.get(name, ""), made + _screen(wrong, f"{clip.name}, error of {name}", "error")
+            )
         yield "</div>\n</article>\n"
     yield (
         '</div>\n<div class="controls" hidden>\n<button type="button">Pause</button>\n'
         f'<input type="range" min="0" max="{steps - 1}" value="0" aria-label="Frame">\n<output></output>\n</div>\n'
         "</section>\n"
     )
+
+
+def _checked(clip: Clip, context: int) -> tuple[dict[str, Pixels], dict[str, NDArray[np.float32]]]:
+    """The truth and what was made as pixels, and how far the latter is from the former, (k, H, W) in [-1, 1]."""
+    if _TRUTH in clip.made:
+        raise ValueError(f"{clip.name}: what a model made cannot be called {_TRUTH!r}")
+    pixels, steps = check_rows({_TRUTH: clip.truth, **clip.made}, context)
+    truth = pixels[_TRUTH].astype(np.float32)
+    if len(truth) < steps:
+        raise ValueError(f"{clip.name}: the truth has {len(truth)} frames, fewer than the {steps} that a model made")
+    return pixels, {name: (pixels[name] - truth[-len(pixels[name]) :]).mean(axis=3) / 255 for name in clip.made}
+
+
+def _column(name: str, note: str, screens: str) -> str:
+    return f"<figure>\n<figcaption>{escape(name)} <small>{escape(note)}</small></figcaption>\n{screens}</figure>\n"
 
 
 def _told(context: int, steps: int) -> str:
@@ -200,12 +214,6 @@ def _screen(frames: Sheet, alt: str, kind: str) -> str:
     size = f'data-frames="{frames.frames}" data-columns="{frames.columns}" data-rows="{frames.rows}"'
     told = escape(f"{alt}: {frames.frames} frames")
     return f'<div class="screen {kind}" {size}><img src="{frames.address}" alt="{told}"></div>\n'
-
-
-def _error(made: Pixels, truth: Pixels) -> NDArray[np.float32]:
-    """(k, H, W) in [-1, 1]."""
-    difference: NDArray[np.float32] = (made.astype(np.float32) - truth[-len(made) :]).mean(axis=3) / 255
-    return difference
 
 
 def _size(height: int, width: int) -> tuple[int, int]:
