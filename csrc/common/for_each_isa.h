@@ -22,6 +22,7 @@
 #include "torch/headeronly/util/Half.h"
 
 #define VPFAST_INLINE inline __attribute__((always_inline))
+#define VPFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 #define VPFAST_ISA_LEVEL 0
 namespace vpfast::plain {

@@ -18,9 +18,22 @@ VPFAST_INLINE void for_each_piece(int64_t begin, int64_t end, int64_t row_length
   }
 }
 
-// h needs c, a chain of two exponentials and two divisions: too long for a processor to overlap with the next vector's.
-// So a piece of a row gets all its c first, which wait in the L1 cache, and then all its h.
+// A vector's arithmetic is one long chain: a processor that meets it whole fills up with instructions that wait.
+//
+// h needs c, a chain of two exponentials and two divisions. So a piece of a row gets all its c first, which wait in the
+// L1 cache, and then all its h. And vectors go in pairs, two chains side by side.
 constexpr int kPiece = 256;
+
+// step(k, count) for each vector of a piece: `count` elements from k on, as many as there are lanes but for the last.
+template <int lanes, class Step>
+VPFAST_INLINE void for_each_vector(int count, const Step& step) {
+  int k = 0;
+  for (; k + 2 * lanes <= count; k += 2 * lanes) {
+    step(k, lanes);
+    step(k + lanes, lanes);
+  }
+  for (; k < count; k += lanes) step(k, count - k < lanes ? count - k : lanes);
+}
 
 template <class TG, class TC>
 struct ForwardBody {
@@ -34,20 +47,18 @@ struct ForwardBody {
     TC* c = static_cast<TC*>(p.c) + row * p.row_length + column;
 
     V cell[kPiece / V::lanes];
-    for (int k = 0; k < count; k += V::lanes) {
-      const int part = count - k < V::lanes ? count - k : V::lanes;
+    for_each_vector<V::lanes>(count, [&](int k, int part) VPFAST_INLINE_LAMBDA {
       const V state =
           cell_state(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
                      Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
       cell[k / V::lanes] = state;
       prefetch_to_write(c + k);
       Lanes<TC>::store(c + k, state, part);
-    }
-    for (int k = 0; k < count; k += V::lanes) {
-      const int part = count - k < V::lanes ? count - k : V::lanes;
+    });
+    for_each_vector<V::lanes>(count, [&](int k, int part) VPFAST_INLINE_LAMBDA {
       prefetch_to_write(h + k);
       Lanes<TG>::store(h + k, hidden_state(Lanes<TG>::load(gates + p.offset_o + k, part), cell[k / V::lanes]), part);
-    }
+    });
   }
 };
 
@@ -65,14 +76,12 @@ struct BackwardBody {
     TC* grad_c_prev = static_cast<TC*>(p.grad_c_prev) + row * p.row_length + column;
 
     Recomputed<V> recomputed[kPiece / V::lanes];
-    for (int k = 0; k < count; k += V::lanes) {
-      const int part = count - k < V::lanes ? count - k : V::lanes;
+    for_each_vector<V::lanes>(count, [&](int k, int part) VPFAST_INLINE_LAMBDA {
       recomputed[k / V::lanes] =
           recompute(Lanes<TG>::load(gates + p.offset_f + k, part), Lanes<TG>::load(gates + p.offset_i + k, part),
                     Lanes<TG>::load(gates + p.offset_g + k, part), Lanes<TC>::load(c_prev + k, part));
-    }
-    for (int k = 0; k < count; k += V::lanes) {
-      const int part = count - k < V::lanes ? count - k : V::lanes;
+    });
+    for_each_vector<V::lanes>(count, [&](int k, int part) VPFAST_INLINE_LAMBDA {
       const V dh = grad_h ? Lanes<TG>::load(grad_h + k, part) : V::broadcast(0);
       const V dc = grad_c ? Lanes<TC>::load(grad_c + k, part) : V::broadcast(0);
       const Gradients<V> d = gradients(recomputed[k / V::lanes], Lanes<TG>::load(gates + p.offset_o + k, part), dh, dc);
@@ -86,7 +95,7 @@ struct BackwardBody {
       Lanes<TG>::store(grad_gates + p.offset_o + k, d.o, part);
       Lanes<TG>::store(grad_gates + p.offset_g + k, d.g, part);
       Lanes<TC>::store(grad_c_prev + k, d.c_prev, part);
-    }
+    });
   }
 };
 

@@ -84,7 +84,7 @@ void gate(W* y, const W* a, const W* b, int64_t count) {
   using V = typename Lanes<W>::type;
   for (int64_t i = 0; i < count; i += V::lanes) {
     const int64_t part = count - i < V::lanes ? count - i : V::lanes;
-    store_part(y + i, product(tanh(load_part(a + i, part)), sigmoid(load_part(b + i, part))), part);
+    store_part(y + i, product(sigmoid(load_part(b + i, part)), tanh(load_part(a + i, part))), part);
   }
 }
 
