@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import struct
 import tracemalloc
 
@@ -90,6 +91,12 @@ def test_a_boastful_header_allocates_nothing(tmp_path):
 def test_missing_file_and_folder(tmp_path, name):
     with pytest.raises(DataError, match="cannot be read"):
         read_idx(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: cannot be read \(not a regular file\)"):
+        read_idx(tmp_path / "pipe")
 
 
 @given(

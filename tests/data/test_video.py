@@ -196,6 +196,34 @@ def test_missing_file(tmp_path):
         read_video(tmp_path / "gone.mp4")
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "frames/frame1.png"])
+def test_no_reader_waits_at_a_pipe(tmp_path, name):
+    (tmp_path / "frames").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(VideoError, match=f"{name}: .*not a regular file"):
+        read_video(tmp_path / name.split("/")[0])
+
+
+def test_a_header_that_boasts_is_not_given_its_frames(tmp_path):
+    from PIL import Image
+
+    Image.new("L", (16, 16)).save(tmp_path / "a.gif")
+    gif = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(gif[:6] + struct.pack("<HH", 16_000, 16_000) + gif[10:])
+    (tmp_path / "a.y4m").write_bytes(b"YUV4MPEG2 W16000 H16000 F25:1 Ip A1:1 C420\nFRAME\n" + bytes(1000))
+    for name in ("a.gif", "a.y4m"):
+        with pytest.raises(VideoError, match=rf"{name}: not a video that .*; frames of up to 67108864 pixels are read"):
+            read_video(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"", b"GIF89a" + bytes(40)])
+def test_pictures_of_kinds_that_are_not_read(tmp_path, content):
+    """EPS among them, for which Pillow would start another program."""
+    (tmp_path / "frame.png").write_bytes(content)
+    with pytest.raises(VideoError, match=r"frame.png: not an image that can be read \((cannot identify|an empty file)"):
+        read_video(tmp_path)
+
+
 def test_no_permission(make_video, tmp_path):
     path = make_video()
     path.chmod(0)

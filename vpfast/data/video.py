@@ -157,9 +157,10 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
                 _check_index(path, stream, decoded)
     except (av.FFmpegError, OSError) as error:
         where = f" after {decoded} frames" if decoded else ""
-        raise VideoError(
-            f"{path}: not a video that can be decoded{where}, or a damaged one ({reason(error, path)})"
-        ) from error
+        why = reason(error, path)
+        if isinstance(error, av.error.ArgumentError):  # what FFmpeg calls a frame above the limit
+            why += f"; frames of up to {MAX_PIXELS} pixels are read"
+        raise VideoError(f"{path}: not a video that can be decoded{where}, or a damaged one ({why})") from error
     if decoded == 0:
         raise VideoError(f"{path}: holds a video stream without a single frame")
     if announced is not None and ended is not None:
