@@ -137,9 +137,11 @@ def test_kitti_is_divided_as_prednet_does(kitti):
 
 def test_kittis_pictures_in_order(kitti, tmp_path):
     src = kitti("2011_09_26_drive_0001_sync", numbers=range(8, 12))
+    kitti("2011_09_26_drive_0001_extract")  # as the cameras saw it, unrectified: not what PredNet takes
     (recording,) = pickle.loads(pickle.dumps(KITTI().recordings(src)))
     read = list(recording.read())
-    expected = [np.asarray(Image.open(file)) for file in sorted(src.rglob("*.png"))]
+    assert recording.name == "city/2011_09_26_drive_0001"
+    expected = [np.asarray(Image.open(file)) for file in sorted(src.rglob("*_sync/**/*.png"))]
     assert [frame.tolist() for frame in read] == [frame.tolist() for frame in expected]
 
 

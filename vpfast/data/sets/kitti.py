@@ -57,7 +57,7 @@ CATEGORIES: dict[str, Category] = {
 _VAL = {"2011_09_26_drive_0005"}
 _TEST = {"2011_09_26_drive_0104", "2011_09_26_drive_0079", "2011_09_26_drive_0070"}
 
-_DRIVE = re.compile(r"(?P<drive>\d{4}_\d\d_\d\d_drive_\d{4})_(sync|extract)")
+_DRIVE = re.compile(r"(?P<drive>[0-9]{4}_[0-9]{2}_[0-9]{2}_drive_[0-9]{4})_sync")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class KITTI:
     """``DATE/DATE_drive_NNNN_sync/image_0N/data/NNNNNNNNNN.png``, in any depth below ``src``.
 
     Divided as PredNet does: the drives of the categories city, residential and road, of which one validates, one of
-    each tests and the other 57 train. Drives of other categories, and folders whose name is not a drive's, go to
-    ``others``.
+    each tests and the other 57 train. Drives of other categories, and folders whose name is not a drive's (or a drive's
+    that is not rectified, ``..._extract``), go to ``others``.
 
     ``fit`` = crop is PredNet's resizing and centre crop. MSPN's released code takes the centre 1024 columns to 256x128
     (width by height): ``--size [128,256] --fit squash --columns 1024``.
