@@ -43,6 +43,7 @@ def digit_weights(tmp_path):
     torch.manual_seed(0)
     model = MSPN(MSPNConfig(in_channels=1, channels=(4, 8), levels=1, hidden_channels=4))
     data = DataConfig(size=16, digit_size=8, digits=1)
+    (tmp_path / "digits").mkdir()
     checkpoint.write_weights(tmp_path / "digits", model, TrainConfig(data=data, context=3, horizon=2, seed=5))
     return tmp_path / "digits"
 
