@@ -76,6 +76,26 @@ def test_a_disk_that_takes_no_picture_takes_no_weights_away(tiny, monkeypatch, c
     assert "no curves were drawn: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
+def test_a_line_cut_short_is_no_part_of_the_story(tiny, drawn):
+    """As a disk that is full leaves one, and that error is not to be hidden by another."""
+    config = tiny()
+    Path(config.out).mkdir()
+
+    def full():
+        with RunLog(config, main=True, progress=False).opened(0) as told:
+            for step in (1, 2):
+                told.write(RECORD | {"step": step})
+            told._lines.write('{"step": 3, "loss": 0.')
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        full()
+    assert [panels["loss"]["loss"].steps for _, panels, _ in drawn] == [[1, 2]]
+    with RunLog(config, main=True, progress=False).opened(2):
+        pass
+    assert [record["step"] for record in lines(config)] == [1, 2]
+
+
 def test_other_processes_write_nothing(tiny):
     with RunLog(tiny(), main=False, progress=True).opened(0) as quiet:
         quiet.write(RECORD)

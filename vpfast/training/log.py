@@ -114,7 +114,7 @@ def check_tensorboard(config: TrainConfig) -> None:
 
 def draw(out: Path) -> None:
     """Draw ``out/curves.png`` from ``out/log.jsonl``; nothing where no step is logged."""
-    records = [json.loads(line) for line in (out / LINES).read_text().splitlines()]
+    records = [record for _, record in _whole_lines(out / LINES)]
     panels: dict[str, dict[str, Series]] = {}
     for name, line, steps, values in _columns(records):
         panels.setdefault(name, {})[line] = Series(steps, values)
@@ -170,12 +170,14 @@ def _postfix(record: Mapping[str, Any]) -> dict[str, str]:
 def cut(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that the run goes on from, so that no step is told twice."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= step]
-        write_file(path, "".join(line + "\n" for line in lines))
+        write_file(path, "".join(f"{line}\n" for line, record in _whole_lines(path) if record["step"] <= step))
 
 
-def _logged_step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the line that was being written when the run was killed
-        return math.inf
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log, and what they tell; without the line that a kill or a full disk cut short."""
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        yield line, record
