@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 - option() makes a dataclass field
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -158,10 +158,14 @@ def _find_list(src: Path) -> Path:
     )
 
 
-def _tell_missing(src: Path, listed: Iterable[str], films: Iterable[_Film]) -> None:
+def _tell_missing(src: Path, listed: Collection[str], films: Iterable[_Film]) -> None:
     there = {film.stem for film in films}
     if missing := [stem for stem in listed if stem not in there]:
-        warn(f"{src}: {len(missing)} films of the list of sequences are not there, such as {missing[0]}", stacklevel=2)
+        warn(
+            f"{src}: {len(missing)} of the {len(listed)} films that the list of sequences has are not there, such as "
+            f"{missing[0]}",
+            stacklevel=2,
+        )
 
 
 def _films(src: Path) -> list[_Film]:
