@@ -15,12 +15,17 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def check_workers(workers: int) -> None:
+    """Raise ValueError where there can be no such number of them."""
+    if workers < 0:
+        raise ValueError(f"workers: {workers} given, must be at least 0")
+
+
 def in_parallel(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Iterator[tuple[int, Result]]:
     """(number of the task, its result) as they come, by ``workers`` processes, or in this one where there are none."""
-    if workers < 0:
-        raise ValueError(f"workers: {workers} given, must be at least 0")
+    check_workers(workers)
     if not workers or len(tasks) < 2:
         for number, task in enumerate(tasks):
             yield number, function(task)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vpfast.data._clips import npy_header, write_frames
 from vpfast.data._files import replacing
-from vpfast.data._parallel import in_parallel
+from vpfast.data._parallel import check_workers, in_parallel
 from vpfast.data.errors import DataError
 from vpfast.data.prepared import (
     INDEX_NAME,
@@ -38,6 +38,7 @@ from vpfast.data.sets.source import Recording, Source
 from vpfast.data.video_folder import stamp
 
 _CHUNK = 1 << 20
+_LARGEST = 8192
 _TOLD = 5  # of many complaints
 
 
@@ -96,6 +97,7 @@ def prepare(
         OSError: a disk that is full or cannot be written.
     """
     src, out = Path(src), Path(out)
+    check_workers(workers)
     head = _head(source)
     with _noting() as notes:
         recordings = _checked(source.recordings(src), src)
@@ -142,10 +144,10 @@ def check(root: str | os.PathLike[str], workers: int = 0, progress: bool = False
 def _head(source: Source) -> Index:
     """The index without recordings; ValueError where an option is out of its range."""
     size = parse_size(source.size)
-    if size is None or source.fit not in ("crop", "squash") or source.channels not in (1, 3):
+    if size is None or max(size) > _LARGEST or source.fit not in ("crop", "squash") or source.channels not in (1, 3):
         raise ValueError(
-            f"size must be [H, W], fit squash or crop and channels 1 or 3, got size={source.size}, fit={source.fit}, "
-            f"channels={source.channels}"
+            f"size must be [H, W] of at most {_LARGEST}, fit squash or crop and channels 1 or 3, got size="
+            f"{source.size}, fit={source.fit}, channels={source.channels}"
         )
     options = {key: value for key, value in vars(source).items() if key not in ("name", "size", "fit", "channels")}
     return Index(source.name, size, source.channels, source.fit, json.loads(json.dumps(options)), ())
