@@ -96,7 +96,8 @@ def save(root: Path, networks: Networks, state: State, config: TrainConfig) -> P
 
 def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     """The model as :func:`vpfast.models.save` writes it, and beside it how it was trained: the size of its frames, its
-    context, where its clips came from. Into a folder that nobody reads yet."""
+    context, where its clips came from. Into a folder that nobody reads yet, made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, data in as_files(model).items():
         (folder / name).write_bytes(data)
     (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
