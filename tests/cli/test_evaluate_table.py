@@ -15,12 +15,6 @@ from vpfast.training import AdversarialConfig, DataConfig, LossConfig, TrainConf
 DIGITS = DataConfig(size=16, digit_size=8, digits=1)
 
 
-def write(folder, model, how):
-    folder.mkdir(parents=True)
-    checkpoint.write_weights(folder, model, how)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of weights of a tiny network in a run's folder called ``tiny``."""
@@ -28,14 +22,16 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = MSPN(MSPNConfig(in_channels=1, channels=(4, 8), levels=1, hidden_channels=4))
     how = TrainConfig(data=DIGITS, context=3, horizon=2, seed=5, loss=LossConfig(feedback="none"))
-    return write(folder, model, how)
+    checkpoint.write_weights(folder, model, how)
+    return folder
 
 
 @pytest.fixture
 def codes(tmp_path):
     torch.manual_seed(0)
     model = HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(4, 4), residual_channels=4, codebook_size=4, layers=3))
-    return write(tmp_path / "codes", model, TrainConfig(data=DIGITS, context=4, horizon=0))
+    checkpoint.write_weights(tmp_path / "codes", model, TrainConfig(data=DIGITS, context=4, horizon=0))
+    return tmp_path / "codes"
 
 
 def by_hand(run, protocol, context, horizon, clips=3):
@@ -108,7 +104,7 @@ def test_parts_are_measured_one_after_another(command, run, tmp_path, read_json)
 
 def test_other_models_and_how_they_were_trained_stand_in_the_table(command, run, tmp_path):
     for name, how in (("adv", {"adversarial": AdversarialConfig(enabled=True, channels=(4, 8))}), ("long", {})):
-        write(tmp_path / name, vpfast.models.load(run), TrainConfig(data=DIGITS, **how))
+        checkpoint.write_weights(tmp_path / name, vpfast.models.load(run), TrainConfig(data=DIGITS, **how))
     (tmp_path / "bare").mkdir()
     vpfast.models.save(vpfast.models.load(run), tmp_path / "bare")
     beside = [each for name in ("adv", "long", "bare") for each in (f"--beside.{name}", tmp_path / name)]
@@ -172,3 +168,14 @@ def test_a_file_of_another_table_is_refused(refused, run, tmp_path):
     (tmp_path / "t.json").write_text(json.dumps({"table": "mspn-2", "measured": []}))
     said = refused("evaluate", "--weights", run, "--table", "mspn-3", "--add", tmp_path / "t.json")
     assert "is of the table mspn-2, must be of mspn-3" in said
+
+
+def test_two_rows_are_not_called_the_same(command, refused, run):
+    args = ("evaluate", "--weights", run, "--beside.tiny", run, "--table", "mspn-3", "--clips", 1)
+    assert "beside.tiny: the row of --weights is called tiny too" in refused(*args)
+    code, said, _ = command(*args, "--name", "other")
+    assert code == 0
+    assert [line.split(" | ")[0] for line in said.splitlines() if line.startswith("| **vpfast")] == [
+        "| **vpfast: other**",
+        "| **vpfast: tiny**",
+    ]

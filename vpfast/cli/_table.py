@@ -95,8 +95,9 @@ def _entries(table: Table, part: Part, subject: Measured, values: dict[str, Any]
     said = _clips_in_words(clips, values["split"], config.data)
     given = (config.context, config.batch_size, True, values["device"], subject.sampling, protocol, values["lpips"])
     entries: dict[str, Entry] = {}
+    methods = _methods(subject, values)
     for name, model in subject.models.items():
-        method, labels = _method(name, values), _training_labels(table, name, values)
+        method, labels = methods[name], _training_labels(table, name, values)
         found = evaluate(model, clips, *given)
         for title, report in found.reports.items():
             of_model = title != BASELINE
@@ -110,12 +111,20 @@ def _row_name(method: str, title: str, found: Evaluation) -> str:
     return title if title == BASELINE else method if title == found.judged else f"{method}, {title}"
 
 
-def _method(name: str, values: dict[str, Any]) -> str:
-    """What a row is called: as the model was named, or as the folder of its run."""
-    if name != MODEL:
-        return f"vpfast: {name}"
+def _methods(subject: Measured, values: dict[str, Any]) -> dict[str, str]:
+    """What each model's row is called: as the model was named, or as the folder of its run.
+
+    Raises:
+        ValueError: two rows would be called the same.
+    """
     folder = Path(values["weights"]).resolve()
-    return f"vpfast: {folder.parent.name if folder.name == 'weights' else folder.name}"
+    own = folder.parent.name if folder.name == "weights" else folder.name
+    methods = {name: f"vpfast: {own if name == MODEL else name}" for name in subject.models}
+    if own in values["beside"] and MODEL in subject.models:
+        raise ValueError(
+            f"beside.{own}: the row of --weights is called {own} too; give one of them another name (--name)"
+        )
+    return methods
 
 
 def _training_labels(table: Table, name: str, values: dict[str, Any]) -> tuple[str, ...]:
@@ -146,10 +155,11 @@ def _compressed(values: dict[str, Any], model: nn.Module | None) -> tuple[str, d
     horizon = 0 if isinstance(model, HRVQVAE) else max(values["horizon"], 1)
     subject = measured({**values, "horizon": horizon}, model)
     models: dict[str, HRVQVAE] = {}
+    methods = _methods(subject, values)
     for name, each in subject.models.items():
         if not isinstance(each, HRVQVAE | SHRVQVAE):
             raise ValueError(f"--table {TABLE_1_NAME} is of codes, and a {type(each).__name__} has none")
-        models[_method(name, values)] = each.autoencoder if isinstance(each, SHRVQVAE) else each
+        models[methods[name]] = each.autoencoder if isinstance(each, SHRVQVAE) else each
     config: TrainConfig = dataclasses.replace(subject.config, horizon=0)
     clips = held_out(values, config)
     said = _clips_in_words(clips, values["split"], config.data)
