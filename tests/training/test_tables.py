@@ -198,6 +198,18 @@ def test_earlier_rows_are_read_again(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="no table that `vpfast evaluate --table` wrote"):
             read_entries(path, table)
+    good = page.to_dict(table, entries, "mspn")["measured"][0]
+    for wrong in (
+        {"method": 1},
+        {"labels": ["yes", "no"]},
+        {"parameters": "many"},
+        {"report": good["report"] | {"per_frame": {"ssim": ["high"]}}},
+        {"report": good["report"] | {"per_frame": {"ssim": 1}}},
+        {"more": 1},
+    ):
+        path.write_text(json.dumps({"table": "mspn-5", "measured": [good | wrong]}))
+        with pytest.raises(ValueError, match="no table that `vpfast evaluate --table` wrote"):
+            read_entries(path, table)
     with pytest.raises(FileNotFoundError):
         read_entries(tmp_path / "no.json", table)
 

@@ -89,7 +89,8 @@ def read_entries(path: Path, table: Table) -> list[Entry]:
     """
     try:
         values = json.loads(path.read_text())
-        name, entries = values["table"], [_entry(each) for each in values["measured"]]
+        name = values["table"]
+        entries = [_entry(each, table) for each in values["measured"]] if name == table.name else []
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no table that `vpfast evaluate --table` wrote: {error!r}") from error
     if name != table.name:
@@ -97,8 +98,13 @@ def read_entries(path: Path, table: Table) -> list[Entry]:
     return entries
 
 
-def _entry(values: dict[str, Any]) -> Entry:
-    report = Report(**values["report"])
-    if not all(isinstance(each, list) for each in report.per_frame.values()):
-        raise TypeError("per_frame must hold lists of numbers")
-    return Entry(**{**values, "labels": tuple(values["labels"]), "report": report})
+def _entry(values: dict[str, Any], table: Table) -> Entry:
+    entry = Entry(**{**values, "labels": tuple(values["labels"]), "report": Report(**values["report"])})
+    texts = (entry.method, entry.part, entry.clips, entry.report.protocol, *entry.labels)
+    numbers = [each for steps in entry.report.per_frame.values() for each in steps]
+    fine = all(isinstance(each, str) for each in texts) and all(isinstance(each, int | float) for each in numbers)
+    if not fine or not isinstance(entry.parameters, int | None):
+        raise TypeError("a text or a number is something else")
+    if 1 + len(table.lines[0].labels) + len(entry.labels) != len(table.labels):
+        raise ValueError(f"labels {entry.labels} do not fill {table.labels}")
+    return entry
