@@ -87,7 +87,7 @@ def test_batches_do_not_matter(split, seed):
 def test_large_frames_are_taken_in_pieces(monkeypatch):
     prediction, target = clips()
     whole = report(prediction, target)
-    monkeypatch.setattr("vpfast.metrics.video_metrics._PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("vpfast.metrics.video_metrics._IN_CACHE", 1)
     assert report(prediction, target).mean == pytest.approx(whole.mean, rel=1e-12)
 
 

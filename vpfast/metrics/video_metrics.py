@@ -12,6 +12,7 @@ from vpfast.metrics.perceptual import Perceptual
 from vpfast.metrics.protocols import BY_NAME, PROTOCOLS
 
 _PIXELS_AT_ONCE = 1 << 21  # bounds the float64 working memory, about 20 times this many numbers
+_IN_CACHE = 1 << 16  # the same on a CPU, where SSIM's many sums take half the time if they stay in its cache
 
 _FAR_OUT = 10.0  # a network that aims at [0, 1] may miss it by a little, 8-bit frames miss it by hundreds
 
@@ -124,12 +125,12 @@ class VideoMetrics:
         """
         self._check(prediction, target)
         steps = target.shape[1]
-        chunk = max(1, _PIXELS_AT_ONCE // math.prod(target.shape[2:]))
-        frames, real = prediction.flatten(0, 1), target.to(prediction.device).flatten(0, 1)
-        parts = [self._measure(frames[i : i + chunk], real[i : i + chunk]) for i in range(0, len(frames), chunk)]
-        if parts:
-            values = {name: torch.cat([part[name] for part in parts]).view(-1, steps) for name in parts[0]}
-            self._take(values)
+        frames, real = _on_one_device(prediction.flatten(0, 1), target.flatten(0, 1))
+        values = _in_chunks(self._measure, frames, real, _IN_CACHE if frames.device.type == "cpu" else _PIXELS_AT_ONCE)
+        if self._distance is not None:
+            values |= _in_chunks(self._perceptual, frames, real, _PIXELS_AT_ONCE)
+        if len(frames):
+            self._take({name: each.view(-1, steps) for name, each in values.items()})
         self._shape = tuple(target.shape[1:])
         self._clips += target.shape[0]
 
@@ -151,13 +152,13 @@ class VideoMetrics:
         return Report(self.protocol, self._clips, mean, per_frame)
 
     def _measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Each frame's numbers, on the CPU: (N, C, H, W) -> (N,)."""
-        prediction, target = _double(prediction), _double(target)
-        values = self._protocol.measure(prediction, target)
-        if self._distance is not None:
-            distance = self._distance(self._protocol.seen(prediction), self._protocol.seen(target)).double()
-            values[self._protocol.lpips] = distance * (100 if self._protocol.lpips == "lpips_x100" else 1)
-        return {name: each.cpu() for name, each in values.items()}
+        return self._protocol.measure(prediction.double(), target.double())
+
+    def _perceptual(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        assert self._distance is not None
+        name, seen = self._protocol.lpips, self._protocol.seen
+        distance = self._distance(seen(prediction.double()), seen(target.double())).double()
+        return {name: distance * (100 if name == "lpips_x100" else 1)}
 
     def _take(self, values: dict[str, Tensor]) -> None:
         """Add the numbers (clips, T) of whole batches to the sums, and let the rest wait."""
@@ -208,5 +209,16 @@ class VideoMetrics:
             )
 
 
-def _double(frames: Tensor) -> Tensor:
-    return (frames.cpu() if frames.device.type == "mps" else frames).double()
+def _on_one_device(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the prediction is, if float64 is there too."""
+    place = torch.device("cpu") if prediction.device.type == "mps" else prediction.device
+    return prediction.to(place), target.to(place)
+
+
+def _in_chunks(
+    measure: Callable[[Tensor, Tensor], dict[str, Tensor]], prediction: Tensor, target: Tensor, numbers: int
+) -> dict[str, Tensor]:
+    """Each frame's numbers, on the CPU, of (N, C, H, W) -> (N,), some frames at a time: about so many numbers."""
+    size = max(1, numbers // math.prod(target.shape[1:]))
+    parts = [measure(prediction[i : i + size], target[i : i + size]) for i in range(0, len(target), size)]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]} if parts else {}
