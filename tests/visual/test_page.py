@@ -38,7 +38,9 @@ def made(**changes):
     given = {
         "title": "A <b>title</b>",
         "lead": "2 clips.",
-        "tables": [Table("Means", ["MSE ↓"], {NAMES[0]: ["0.25"], NAMES[1]: ["0.1"]}, {(1, 0)})],
+        "tables": [
+            Table("Means", ["MSE ↓", "all"], {NAMES[0]: [0.25, 17459.6], NAMES[1]: [0.123456, "<x>"]}, {(1, 0)})
+        ],
         "curves": Curves(curves, first=3, quiet={"repeat"}),
         "clips": clips,
         "context": 2,
@@ -91,8 +93,10 @@ def test_a_page_is_whole_and_says_what_it_was_given(written):
     outline = Outline(written())
     assert outline.open == []
     words = " ".join(" ".join(outline.words).split())
-    for text in ("A <b>title</b>", *NAMES, "runs/<x>", "6 frames, in a loop: 2 are given, 4 predicted.", "0.25"):
+    for text in ("A <b>title</b>", *NAMES, "runs/<x>", "6 frames, in a loop: 2 are given, 4 predicted."):
         assert text in words
+    assert "0.25 17,460" in words
+    assert "0.1235 <x>" in words
     assert outline.all("html", lang="en")
     assert outline.all("meta", name="viewport")
     assert len(outline.all("h1")) == 1

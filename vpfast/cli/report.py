@@ -23,6 +23,7 @@ from vpfast.cli._measure import (
 )
 from vpfast.cli._options import Options
 from vpfast.cli._out import check_out_file
+from vpfast.data.moving_digits import SPLITS
 from vpfast.metrics.video_metrics import HEADINGS
 from vpfast.training.evaluation import Evaluation, shown
 from vpfast.training.recipes import BASELINE, counted
@@ -98,9 +99,10 @@ def _first(subject: Measured) -> int:
 def _tables(subject: Measured, evaluation: Evaluation) -> list[Table]:
     """Means by model, the use of codebooks beside them; and how well codes are foretold, where they are."""
     names = list(evaluation.reports[evaluation.judged].mean)
-    columns, rows = [HEADINGS[name] for name in names], {}
-    for title, report in evaluation.reports.items():
-        rows[title] = [f"{report.mean[name]:.4g}" for name in names]
+    columns = [HEADINGS[name] for name in names]
+    rows: dict[str, list[str | float]] = {
+        title: [report.mean[name] for name in names] for title, report in evaluation.reports.items()
+    }
     best = {(row, column) for column, name in enumerate(names) for row in _best(name, evaluation)}
     if evaluation.codes:
         columns += ["codewords used", "perplexity"]
@@ -155,4 +157,6 @@ def _facts(values: Mapping[str, Any]) -> dict[str, str]:
     own = ("out", "force", "title", "beside", "data")
     facts |= {key: str(value) for key, value in values.items() if key not in own and value is not None}
     facts |= {f"beside.{name}": str(folder) for name, folder in values["beside"].items()}
-    return facts | {f"data.{key}": str(value) for key, value in values["data"].items() if value is not None}
+    data = {key: value for key, value in values["data"].items() if value is not None and key not in SPLITS}
+    data[f"{values['split']}.include"] = ", ".join(values["data"][values["split"]]["include"])
+    return facts | {f"data.{key}": str(value) for key, value in data.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EXACT_BYTES = 48 * 1024  # up to so many a sheet keeps every pixel as it is
-_QUALITY = 88  # of WebP, beyond that
+_QUALITY, _OPACITY = 88, 60  # of WebP, beyond that
 _SIDE = 4096  # pixels, which a phone still shows
 
 RED, BLUE = (239, 68, 68), (59, 130, 246)
@@ -61,7 +61,9 @@ def _encoded(image: NDArray[np.uint8]) -> tuple[str, bytes]:
     if not features.check("webp"):
         return "png", _saved(picture, "PNG", optimize=True)
     exact = _saved(picture, "WEBP", lossless=True, method=4)
-    return "webp", exact if len(exact) <= _EXACT_BYTES else _saved(picture, "WEBP", quality=_QUALITY, method=4)
+    return "webp", exact if len(exact) <= _EXACT_BYTES else _saved(
+        picture, "WEBP", quality=_QUALITY, alpha_quality=_OPACITY, method=4
+    )
 
 
 def _saved(picture: Any, kind: str, **options: Any) -> bytes:

@@ -60,7 +60,7 @@ def chart(heading: str, lines: Mapping[str, Sequence[float]], style: Mapping[str
     parts = []
     for tick in ticks:
         parts.append(f'<path class="rule" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{_number(tick)}</text>')
+        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{number(tick)}</text>')
     for frame in _whole_ticks(first, first + count - 1):
         x = left + (frame - first) * step
         parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 15}">{frame}</text>')
@@ -70,10 +70,10 @@ def chart(heading: str, lines: Mapping[str, Sequence[float]], style: Mapping[str
         points = [(left + at * step, y(value)) for at, value in enumerate(values) if math.isfinite(value)]
         path = "M" + "L".join(f"{x:.1f} {height:.1f}" for x, height in points)
         parts.append(f'<g class="{_class(style[name])}"><title>{escape(name)}</title><path class="line" d="{path}"/>')
-        number = style[name]
-        if number is not None:
+        mark = style[name]
+        if mark is not None:
             every = max(1, len(points) // _MARKED)
-            spots = (f'<g transform="translate({x:.1f} {h:.1f})">{_MARKS[number]}</g>' for x, h in points[::every])
+            spots = (f'<g transform="translate({x:.1f} {h:.1f})">{_MARKS[mark]}</g>' for x, h in points[::every])
             parts.append(f'<g class="mark">{"".join(spots)}</g>')
         parts.append("</g>")
     told = escape(f"{heading} by frame. " + "; ".join(_told(name, values, first) for name, values in lines.items()))
@@ -84,16 +84,17 @@ def chart(heading: str, lines: Mapping[str, Sequence[float]], style: Mapping[str
 
 
 def _told(name: str, values: Sequence[float], first: int) -> str:
-    ends = f"{name}: {_number(values[0])} at frame {first}"
-    return ends if len(values) < 2 else f"{ends}, {_number(values[-1])} at frame {first + len(values) - 1}"
+    ends = f"{name}: {number(values[0])} at frame {first}"
+    return ends if len(values) < 2 else f"{ends}, {number(values[-1])} at frame {first + len(values) - 1}"
 
 
 def _class(style: int | None) -> str:
     return "quiet" if style is None else f"c{style}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def number(value: float) -> str:
+    """In at least four digits, never with an exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -28,11 +28,11 @@ _FAINTEST = 0.01  # the least error that is shown at full strength
 
 @dataclass(frozen=True)
 class Table:
-    """Words in rows and columns; ``best`` are the (row, column) that stand out, from 0, without the names of rows."""
+    """Words and numbers in rows, by their names; ``best`` are the (row, column) that stand out, from 0."""
 
     caption: str
     columns: Sequence[str]
-    rows: Mapping[str, Sequence[str]]
+    rows: Mapping[str, Sequence[str | float]]
     best: Collection[tuple[int, int]] = ()
 
 
@@ -114,9 +114,10 @@ def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     rows = []
     for number, (name, cells) in enumerate(table.rows.items()):
+        words = [escape(cell) if isinstance(cell, str) else _svg.number(cell) for cell in cells]
         shown = "".join(
-            f"<td><strong>{escape(cell)}</strong></td>" if (number, at) in table.best else f"<td>{escape(cell)}</td>"
-            for at, cell in enumerate(cells)
+            f"<td><strong>{each}</strong></td>" if (number, at) in table.best else f"<td>{each}</td>"
+            for at, each in enumerate(words)
         )
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>\n')
     caption = escape(table.caption)
@@ -144,7 +145,7 @@ def _curves(curves: Curves) -> Iterator[str]:
     yield "</div>\n<details>\n<summary>The numbers behind the curves</summary>\n"
     for heading, lines in panels.items():
         by_frame = enumerate(zip_longest(*lines.values()), curves.first)
-        rows = {str(at): ["" if each is None else f"{each:.4g}" for each in values] for at, values in by_frame}
+        rows = {str(at): ["" if each is None else each for each in values] for at, values in by_frame}
         yield _table(Table(f"{heading} by frame", list(lines), rows))
     yield "</details>\n</section>\n"
 
@@ -166,7 +167,7 @@ def _clips(page: Page) -> Iterator[str]:
     limit = max([_FAINTEST, *(float(np.abs(error).max()) for _, errors in shown for error in errors.values())])
     kind = "pixels" if max(size) < _ENLARGED else "smooth"
     yield f'<section class="clips {kind}" data-steps="{steps}" data-context="{page.context}" data-fps="{page.fps:g}">\n'
-    yield f"<h2>Clips</h2>\n<p>{_told(page.context, steps)} Below each prediction its error: "
+    yield f"<h2>Clips</h2>\n<p>{_told(page.context, steps)} Below what a model made lies its error: "
     yield '<span class="red">red</span> where it is too bright, <span class="blue">blue</span> where it is too dark; '
     yield f'full colour stands for {limit:.0%} of the way from black to white.</p>\n<div class="grid">\n'
     for clip, (pixels, errors) in zip(page.clips, shown, strict=True):
