@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from vpfast.cli._measure import Measured, held_out, measured
 from vpfast.models import HRVQVAE, SHRVQVAE
@@ -163,9 +164,9 @@ def _compressed(values: dict[str, Any], model: nn.Module | None) -> tuple[str, d
     config: TrainConfig = dataclasses.replace(subject.config, horizon=0)
     clips = held_out(values, config)
     said = _clips_in_words(clips, values["split"], config.data)
-    measures = {
-        name: compression.compress(each, (clips[index] for index in range(len(clips))), values["device"])  # type: ignore[arg-type]
-        for name, each in models.items()
-    }
+    measures: dict[str, compression.Compression] = {}
+    for name, each in models.items():
+        order = tqdm(range(len(clips)), desc="encode", unit="clip", disable=None, leave=False)  # type: ignore[arg-type]
+        measures[name] = compression.compress(each, (clips[index] for index in order), values["device"])
     size = config.data.frame_size
     return compression.markdown(models, measures, size, said), compression.to_dict(models, measures, size, said)
