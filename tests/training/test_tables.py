@@ -64,7 +64,7 @@ def test_every_number_is_in_the_papers_own_table(name, shared):
 
 def numbers_of(name, *labels):
     (row,) = [row for row in TABLES[name].rows if row.labels[: len(labels)] == labels]
-    return [value(text) for text in row.values]
+    return [None if text in ("-", "×") else value(text) for text in row.values]
 
 
 def test_the_tables_agree_with_each_other_as_their_notes_say():

@@ -36,7 +36,7 @@ _PSNR_OF_SUM = (
     "pixels is a mean of 0.0113, which is 19.5 dB. Compare MSE there, not PSNR."
 )
 
-_TWO_KINDS = "ConvLSTM's PSNR there is of the same kind: an MSE of 103.3 is 16.0 dB, not 28.38. McNet's is not: 268.7 is 11.8 dB."
+_TWO_KINDS = "ConvLSTM's PSNR there is of that kind too: an MSE of 103.3 is 16.0 dB, not 28.38. McNet's is a true one."
 
 TABLE_2 = Table(
     name="shrvqvae-2",
