@@ -36,11 +36,22 @@ def test_train_and_resume(command, out):
     code, said, _ = command("train", *TINY, "--steps", "2", "--out", out)
     assert code == 0
     assert str(out / "weights") in said
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     resolved = from_dict(TrainConfig, yaml.safe_load((out / "config.yaml").read_text()))
     assert (resolved.steps, resolved.data.size, resolved.model["channels"]) == (2, 16, [4, 8])
     code, _, _ = command("train", "--out", out, "--resume", "--steps", "3")
     assert code == 0
     assert len((out / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_that_is_not_there_is_not_gone_on_with(refused, command, out):
+    """Nothing tells what to train; where something does, the first of many attempts finds no run either."""
+    assert f"--resume: there is no {out}/config.yaml, so no run to go on with" in refused(
+        "train", "--resume", "--out", out
+    )
+    assert not out.exists()
+    code, _, _ = command("train", *TINY, "--steps", "1", "--resume", "--out", out)
+    assert code == 0
 
 
 def test_options_override_files_override_defaults(tmp_path):
@@ -214,14 +225,21 @@ def test_a_folder_in_use_is_refused(refused, out):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends(out, signum):
-    command = [sys.executable, "-m", "vpfast", "train", *TINY, "--steps", "100000", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """One that comes to all processes, those that prepare clips too, as from a terminal or a batch system."""
+    args = [*TINY, "--steps", "100000", "--workers", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vpfast", "train", *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     log, patience = out / "log.jsonl", time.monotonic() + 60
     while not (log.is_file() and log.stat().st_size > 200):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < patience
         time.sleep(0.05)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert f"stopped by {signum.name}" in err.splitlines()[-1]

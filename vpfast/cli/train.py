@@ -24,10 +24,13 @@ def run(argv: Sequence[str]) -> int:
     options.add_flag("resume", "go on with the run in --out, with its own config.yaml if no --config is given")
     options.add_flag("dry-run", "print the configuration, parameters, memory and FLOPs; read no data, write nothing")
     values = options.parse(argv)
-    if values["resume"] and "--config" not in {arg.partition("=")[0] for arg in argv}:
+    given = {arg.partition("=")[0] for arg in argv if arg.startswith("--")}
+    if values["resume"] and "--config" not in given:
         before = Path(values["out"]) / "config.yaml"
         if before.is_file():
             values = options.parse(["--config", str(before), *argv])
+        elif given <= {"--resume", "--out"}:
+            raise ValueError(f"--resume: there is no {before}, so no run to go on with; say where, or what to train")
     resume, dry = values.pop("resume"), values.pop("dry_run")
     config = from_dict(TrainConfig, values)
     if dry:

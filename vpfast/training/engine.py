@@ -167,7 +167,9 @@ class _Run:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        yield from loader(self.clips, batches, config.workers, pin=accelerator.device.type == "cuda")
+        loaded = loader(self.clips, batches, config.workers, pin=accelerator.device.type == "cuda")
+        loaded.worker_init_fn = _deaf
+        yield from loaded
 
     def _step(self, frames: Tensor) -> dict[str, Any]:
         told = self.update(frames.to(self.accelerator.device, non_blocking=True), self.at.step)
@@ -360,6 +362,15 @@ def lookup(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
+
+
+def _deaf(worker: int) -> None:
+    """What asks a run to stop often comes to all its processes; one that prepares clips goes when the run lets it go.
+
+    If it went at once, the run would be torn from its step and could not save.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
