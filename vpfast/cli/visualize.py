@@ -197,7 +197,8 @@ def _read(values: dict[str, Any], model: nn.Module, trained: TrainConfig | None)
     channels: int = model.config.in_channels  # type: ignore[union-attr,assignment]
     count = values["count"] or max(FRAMES, values["context"] + values["horizon"])
     size = frame_size(values["size"], trained)
-    frames = read_video(values["video"], size, channels, values["start"], count, at_least=1).float().div(255)
+    fit = values["data"]["fit"]
+    frames = read_video(values["video"], size, channels, values["start"], count, fit, at_least=1).float().div(255)
     values["data"] |= {"kind": "video-folder", "root": values["video"], "size": frames.shape[2:], "channels": channels}
     if not recipe_of(model).predicts:
         values["context"] = len(frames)
