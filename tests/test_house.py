@@ -27,7 +27,7 @@ ROOMS = (
 # On a GPU Triton serves this operator; see its page.
 WITHOUT = {"csrc/masked_attention3d/masked_attention3d_cuda.cu"}
 
-# A part may import itself and the parts below it. `data`, `metrics` and `visual` stand on the ground, which is `_files`.
+# A part may import itself and the parts below it. `data`, `metrics` and `visual` stand on the ground: `_files`.
 MAY_IMPORT = {
     "_files": set(),
     "ops": {"kernels"},
