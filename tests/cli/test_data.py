@@ -1,18 +1,20 @@
 """vpfast data, and what it prepares in the hands of train and evaluate."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 import vpfast
 from vpfast.cli._options import Options, config_file
-from vpfast.data import PreparedClips
+from vpfast.data import PreparedClips, read_video
 from vpfast.data.prepared import read_index
 from vpfast.data.sets import SOURCES
-from vpfast.training import TrainConfig
+from vpfast.training import TrainConfig, checkpoint
 from vpfast.training.clips import dataset
 from vpfast.training.config import from_dict
 
@@ -186,6 +188,45 @@ def test_a_folder_of_videos_is_cropped_where_asked(films, tmp_path):
     squash = dataset(from_dict(TrainConfig, {"data": {**data, "fit": "squash"}, "val_every": 0}).data, "train", 5)[0]
     assert crop.shape == squash.shape == (5, 1, 16, 16)
     assert not np.array_equal(crop, squash)
+
+
+@pytest.fixture
+def cropped(tmp_path):
+    """Rewrites weights as if they had been trained on 16x16 frames that were cropped."""
+
+    def rewrite(folder):
+        model, trained = checkpoint.read_weights(folder, nn.Module)
+        data = dataclasses.replace(trained.data, size=(16, 16), fit="crop")
+        checkpoint.write_weights(tmp_path / "cropped", model, dataclasses.replace(trained, data=data))
+        return tmp_path / "cropped"
+
+    return rewrite
+
+
+def test_predict_brings_a_video_to_size_as_training_did(command, cropped, weights, video, tmp_path, monkeypatch):
+    seen = []
+    predict = vpfast.models.MSPN.predict
+    monkeypatch.setattr(
+        vpfast.models.MSPN,
+        "predict",
+        lambda self, frames, **given: seen.append(frames) or predict(self, frames, **given),
+    )
+    for start in ("0", "-12"):
+        args = ["--weights", cropped(weights), "--start", start, "--out", tmp_path / start, "--device", "cpu"]
+        code, _, err = command("predict", video, *args)
+        assert code == 0, err
+        expected = read_video(video, 16, 1, count=3, fit="crop").float().div(255)
+        assert np.array_equal(seen.pop()[0], expected)
+
+
+def test_encode_brings_a_video_to_size_as_training_did(command, cropped, code_weights, video, tmp_path):
+    code, _, err = command(
+        "encode", video, "--weights", cropped(code_weights), "--out", tmp_path / "c", "--device", "cpu"
+    )
+    assert code == 0, err
+    model, _ = checkpoint.read_weights(code_weights, nn.Module)
+    codes = model.eval().encode(read_video(video, 16, 1, fit="crop").float().div(255))
+    assert (tmp_path / "c").read_bytes() == codes.to_bytes()
 
 
 def test_real_videos_from_the_command_line_alone(command, shared, read_json, tmp_path):

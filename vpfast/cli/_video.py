@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vpfast.data.resize import Fit
 from vpfast.models import HRVQVAE, SHRVQVAE
 from vpfast.training import TrainConfig
 from vpfast.training.checkpoint import read_weights
@@ -64,6 +65,11 @@ def frame_size(asked: list[int] | None, trained: TrainConfig | None) -> tuple[in
     if asked is not None:
         return asked[0], asked[1]
     return None if trained is None else trained.data.frame_size
+
+
+def fit_of(trained: TrainConfig | None) -> Fit:
+    """How frames of other proportions are brought to the size: as in training."""
+    return "squash" if trained is None else trained.data.fit
 
 
 def batches(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:

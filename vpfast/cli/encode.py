@@ -10,8 +10,9 @@ from tqdm import tqdm
 from vpfast._files import new_file
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file
-from vpfast.cli._video import add_video_options, batches, frame_size, from_zero, positive, read_autoencoder
+from vpfast.cli._video import add_video_options, batches, fit_of, frame_size, from_zero, positive, read_autoencoder
 from vpfast.data import VideoError
+from vpfast.data.resize import Fit
 from vpfast.data.video import iter_video
 from vpfast.models import HRVQVAE, Codes
 from vpfast.training.device import pick_device
@@ -30,7 +31,8 @@ def run(argv: Sequence[str]) -> int:
     options = _parse(argv)
     check_out_file(options.out, options.force)
     model, trained = read_autoencoder(options.weights)
-    codes = _encode(model.to(pick_device(options.device)), options, frame_size(options.size, trained))
+    size, fit = frame_size(options.size, trained), fit_of(trained)
+    codes = _encode(model.to(pick_device(options.device)), options, size, fit)
     data = codes.to_bytes()
     with new_file(options.out, options.force) as draft:
         draft.write_bytes(data)
@@ -52,9 +54,9 @@ def _parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def _encode(model: HRVQVAE, options: Any, size: tuple[int, int] | None) -> Codes:
+def _encode(model: HRVQVAE, options: Any, size: tuple[int, int] | None, fit: Fit) -> Codes:
     stop = None if options.count is None else options.start + options.count
-    frames = islice(iter_video(options.video, size, model.config.in_channels), options.start, stop)
+    frames = islice(iter_video(options.video, size, model.config.in_channels, fit), options.start, stop)
     device = next(model.parameters()).device
     shown = tqdm(frames, desc="encode", unit="frame", disable=None, leave=False)
     parts = [model.encode(part.to(device)).to("cpu") for part in batches(shown, _FRAMES_AT_ONCE)]

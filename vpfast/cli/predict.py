@@ -13,8 +13,9 @@ from torch import Tensor
 from vpfast._files import new_folder
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_folder
-from vpfast.cli._video import add_video_options, frame_size, from_zero, positive
+from vpfast.cli._video import add_video_options, fit_of, frame_size, from_zero, positive
 from vpfast.data import VideoError, read_video
+from vpfast.data.resize import Fit
 from vpfast.models import MSPN, SHRVQVAE
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     recipe_of(model).check_sampling(sampling)
     if options.context is None:
         options.context = trained.context if trained else 10
-    frames = _read(options, frame_size(options.size, trained), channels=model.config.in_channels)
+    frames = _read(options, frame_size(options.size, trained), model.config.in_channels, fit_of(trained))
     context, future = frames[: options.context], frames[options.context :]
     device = pick_device(options.device)
     futures = _predict(model.to(device), context.unsqueeze(0).to(device), options.horizon, sampling)
@@ -104,14 +105,13 @@ def _predict(model: MSPN | SHRVQVAE, context: Tensor, horizon: int, sampling: Sa
     return futures.float().clamp(0, 1).cpu()
 
 
-def _read(options: Any, size: tuple[int, int] | None, channels: int) -> Tensor:
+def _read(options: Any, size: tuple[int, int] | None, channels: int, fit: Fit) -> Tensor:
     """Context and, as far as the video goes, what followed: float32 (T, C, H, W) in [0, 1]."""
     wanted = options.context + options.horizon
     if options.start >= 0:
-        at_least = options.context
-        frames = read_video(options.video, size, channels, options.start, count=wanted, at_least=at_least)
+        frames = read_video(options.video, size, channels, options.start, wanted, fit, at_least=options.context)
     else:
-        video = read_video(options.video, size, channels)
+        video = read_video(options.video, size, channels, fit=fit)
         if -options.start > video.shape[0]:
             raise VideoError(f"{options.video}: --start {options.start} given, but it has {video.shape[0]} frames")
         frames = video[options.start :][:wanted]
