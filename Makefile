@@ -38,6 +38,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/ops/bench_codeword_search.py --save
 	$(BIN)/python benchmarks/ops/bench_masked_attention3d.py --save
 	$(BIN)/python benchmarks/models/bench_sampler.py --save
+	$(BIN)/python benchmarks/data/bench_loading.py --save
 
 # Installs nothing: the packages are those that PYTHON sees.
 gpu-check:
