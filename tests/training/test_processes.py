@@ -16,8 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
-from vpfast.training import AdversarialConfig, LossConfig, OptimConfig, Stopped, checkpoint, engine, train
+from vpfast.models.mspn import Discriminator
+from vpfast.training import AdversarialConfig, LossConfig, OptimConfig, Stopped, checkpoint, engine, log, train
+from vpfast.training.adversarial import discriminator_loss
+from vpfast.training.synced import SyncedBatchNorm2d, synced
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 
@@ -51,6 +55,7 @@ def work(rank, port, base, answers):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    log.write_curves = lambda *args, **how: None
     folder = Path(base.out)
     for name, changes in ALIKE.items():
         train(dataclasses.replace(base, out=str(folder / name), **changes), progress=False)
@@ -58,7 +63,36 @@ def work(rank, port, base, answers):
     for scenario in (resumed, signalled, unsaved, unreadable, damaged):
         told[scenario.__name__] = scenario(rank, dataclasses.replace(base, out=str(folder / scenario.__name__)))
     Path(answers, f"{rank}.json").write_text(json.dumps(told))
+    torch.save(half_of_the_frames(rank), Path(answers, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+def judge():
+    torch.manual_seed(0)
+    return Discriminator((4, 6), (4, 4), 1)
+
+
+def frames():
+    real, made = torch.rand(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return real, (made * torch.linspace(0.1, 1, 4)[:, None, None, None]).requires_grad_()
+
+
+def one_step(network, real, made):
+    """Scores, gradients and running statistics of one update in training, and a score after it in evaluation."""
+    scores = network(real), network(made)
+    discriminator_loss(*scores).backward()
+    learned = {"scores": torch.stack(scores).detach(), "made": made.grad.clone()}
+    learned |= {name: parameter.grad for name, parameter in network.named_parameters()}
+    learned |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+    made.grad = None
+    network.eval()(made).square().mean().backward()
+    return learned | {"made in evaluation": made.grad}
+
+
+def half_of_the_frames(rank):
+    real, made = frames()
+    mine = slice(2 * rank, 2 * rank + 2)
+    return one_step(synced(judge()), real[mine], made.detach()[mine].requires_grad_())
 
 
 def resumed(rank, config):
@@ -144,7 +178,7 @@ def together(small, tmp_path_factory):
     return base, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def log(folder):
+def logged(folder):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
@@ -164,13 +198,40 @@ def test_two_processes_are_one_with_the_doubled_batch(together, tmp_path, name):
     )
     runs = STAGES if "model" in ALIKE[name] else ("",)
     for run in runs:
-        one, two = log(tmp_path / "one" / run), log(Path(base.out) / name / run)
+        one, two = logged(tmp_path / "one" / run), logged(Path(base.out) / name / run)
         assert len(one) == len(two) == base.steps
         for alone, both in zip(one, two, strict=True):
             for scores in (False, True):
                 expected = {key: value for key, value in flat(alone).items() if is_score(key) == scores}
                 found = {key: value for key, value in flat(both).items() if is_score(key) == scores}
                 assert found == pytest.approx(expected, rel=1e-5, abs=1e-6 if scores else 1e-12)
+
+
+def test_scores_gradients_and_statistics_of_halves_are_those_of_all_frames(together):
+    base, _ = together
+    first, second = (torch.load(Path(base.out) / f"{rank}.pt") for rank in range(RANKS))
+    whole = one_step(judge(), *frames())
+    for name, expected in whole.items():
+        a, b = first[name], second[name]
+        if name == "scores":
+            found = torch.cat((a, b), dim=1)
+        elif name.startswith("made"):  # what is minimised is the mean over processes of their own means
+            found = torch.cat((a, b)) / 2
+        elif name in dict(judge().named_parameters()):
+            found = (a + b) / 2
+        else:
+            assert torch.equal(a, b)
+            found = a
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_what_is_made_for_several_processes_keeps_names_and_weights():
+    plain, made = judge(), synced(judge())
+    assert plain.state_dict().keys() == made.state_dict().keys()
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in plain.state_dict().items())
+    norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(module, SyncedBatchNorm2d) for module in norms)
 
 
 def test_the_discriminators_gradients_are_those_of_the_doubled_batch(together, tmp_path):
