@@ -188,6 +188,14 @@ def test_damaged_films_are_named(films, tmp_path, how, workers):
     assert not (tmp_path / "out/index.json").exists()
 
 
+def test_a_film_is_named_once_however_many_runs_it_has(films, tmp_path):
+    path = films / "person17_running_d2_uncomp.avi"
+    path.write_bytes(b"")
+    with pytest.raises(DataError) as refused:
+        prepare(KTH(**SMALL), films, tmp_path / "out")
+    assert str(refused.value).startswith(f"2 of 3 recordings cannot be prepared: {path}: an empty file (0 bytes). The")
+
+
 def test_a_film_far_shorter_than_its_list(films, tmp_path):
     with open(films / "00sequences.txt", "w") as file:
         file.write("person01_boxing_d1 frames 100-200\nperson17_running_d2 frames 1-10\n")

@@ -289,9 +289,10 @@ def _decode(
 def _many(complaints: list[str], of: int) -> str:
     if len(complaints) == 1 == of:
         return complaints[0]
-    more = f"; and {len(complaints) - _TOLD} more" if len(complaints) > _TOLD else ""
+    different = list(dict.fromkeys(complaints))  # a damaged film spoils every run of frames in it
+    more = f"; and {len(different) - _TOLD} more" if len(different) > _TOLD else ""
     return (
-        f"{len(complaints)} of {of} recordings cannot be prepared: {'; '.join(complaints[:_TOLD])}{more}. The others "
+        f"{len(complaints)} of {of} recordings cannot be prepared: {'; '.join(different[:_TOLD])}{more}. The others "
         "are kept: mend or move away what is named, and the same command goes on"
     )
 
