@@ -117,6 +117,19 @@ def test_turns_follow_algorithm_2():
     ]
 
 
+def test_small_steps_keep_the_scores_between_the_bounds():
+    """Each loop looks at one bound alone. What keeps Ps between both is that updates are small beside the band and that
+    each network's own updates move Ps its way."""
+    turns, step, predicted, seen = Turns(AdversarialConfig()), 0.001, 1.05, []
+    for _ in range(400):
+        predicted += step if turns.generators else -step
+        seen.append(turns.after(1.0, predicted))
+    first = next(place for place, now in enumerate(seen) if now.predicted < now.upper)
+    assert all(now.lower < now.predicted < now.upper + 2 * step for now in seen[first:])
+    assert sum(now.predicted < now.upper for now in seen[first:]) > 0.4 * len(seen[first:])
+    assert not any(now.capped for now in seen)
+
+
 def test_scores_are_means_of_the_last_three_updates():
     turns = Turns(AdversarialConfig())
     means = [turns.after(real, real - 6) for real in (3.0, 6.0, 0.0, 9.0)]
