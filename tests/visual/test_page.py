@@ -131,6 +131,7 @@ def test_every_picture_is_told_in_words(written):
     assert all("aria-hidden" in each for each in outline.all("svg") if "role" not in each)
     assert all(each.get("aria-label") for each in outline.all("div", role="region"))
     assert outline.all("input", type="range")[0]["aria-label"] == "Frame"
+    assert outline.all("output")[0]["aria-live"] == "off"  # it changes several times a second
 
 
 def decoded(address):
@@ -187,6 +188,14 @@ def test_frames_beyond_256_pixels_are_averaged_down(written):
     (box,) = outline.all("div", **{"class": "screen truth"})
     assert whole.shape[:2] == (int(box["data-rows"]) * 64, int(box["data-columns"]) * 256)
     assert abs(whole[:64, :256].astype(int) - 127).max() <= 1
+
+
+def test_long_clips_are_shown_smaller(written):
+    clip = torch.zeros(500, 1, 128, 160)
+    outline = Outline(written(clips=[Clip("Clip 1", clip, {}, {})], context=1))
+    _, whole = decoded(outline.all("img")[0]["src"])
+    assert 6_000_000 < whole.shape[0] * whole.shape[1] < 8_500_000
+    assert max(whole.shape) < 4096
 
 
 def test_a_chart_puts_values_where_they_are():

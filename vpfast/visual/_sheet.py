@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 _EXACT_BYTES = 48 * 1024  # up to so many a sheet keeps every pixel as it is
 _QUALITY, _OPACITY = 88, 60  # of WebP, beyond that
-_SIDE = 4096  # pixels, which a phone still shows
 
 RED, BLUE = (239, 68, 68), (59, 130, 246)
 
@@ -33,7 +32,7 @@ def sheet(images: NDArray[np.uint8]) -> Sheet:
         ImportError: without Pillow; says what to install.
     """
     count, height, width, channels = images.shape
-    columns = min(count, max(1, round(math.sqrt(count * height / width))), max(1, _SIDE // width))
+    columns = min(count, max(1, round(math.sqrt(count * height / width))))
     rows = -(-count // columns)
     grid = np.zeros((rows * columns, height, width, channels), np.uint8)
     grid[:count] = images

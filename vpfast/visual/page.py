@@ -21,6 +21,7 @@ from vpfast.visual._frames import Pixels, check_rows, temporary_for
 from vpfast.visual._sheet import Sheet, sheet, signed
 
 _LONGEST = 256  # pixels, of a frame's longer side in the page
+_MOST = 8_000_000  # pixels, of all frames of a clip: what a phone still decodes
 _ENLARGED = 128  # pixels, below which a page shows them as squares
 _TRUTH = "truth"
 _FAINTEST = 0.01  # the least error that is shown at full strength
@@ -84,7 +85,7 @@ def write_page(path: str | os.PathLike[str], page: Page) -> None:
 
     Errors are shown as :func:`vpfast.visual.write_strip` does: prediction minus truth, mean over channels, red where
     too bright, blue where too dark, at full strength where as large as the largest error in the page. Frames whose
-    longer side is above 256 pixels are shown smaller.
+    longer side is above 256 pixels, and those of clips beyond 8 million pixels in all, are shown smaller.
 
     Raises:
         TypeError, ValueError: clips that cannot be shown together; names the clip. Curves without a finite value.
@@ -163,7 +164,7 @@ def _clips(page: Page) -> Iterator[str]:
     if len(shapes) > 1:
         raise ValueError(f"clips must be equally long and of one size, got (T, H, W) of {sorted(shapes)}")
     steps, height, width = shapes.pop()
-    size = _size(height, width)
+    size = _size(steps, height, width)
     limit = max([_FAINTEST, *(float(np.abs(error).max()) for _, errors in shown for error in errors.values())])
     kind = "pixels" if max(size) < _ENLARGED else "smooth"
     yield f'<section class="clips {kind}" data-steps="{steps}" data-context="{page.context}" data-fps="{page.fps:g}">\n'
@@ -183,8 +184,8 @@ def _clips(page: Page) -> Iterator[str]:
         yield "</div>\n</article>\n"
     yield (
         '</div>\n<div class="controls" hidden>\n<button type="button">Pause</button>\n'
-        f'<input type="range" min="0" max="{steps - 1}" value="0" aria-label="Frame">\n<output></output>\n</div>\n'
-        "</section>\n"
+        f'<input type="range" min="0" max="{steps - 1}" value="0" aria-label="Frame">\n'
+        '<output aria-live="off"></output>\n</div>\n</section>\n'
     )
 
 
@@ -217,9 +218,9 @@ def _screen(frames: Sheet, alt: str, kind: str) -> str:
     return f'<div class="screen {kind}" {size}><img src="{frames.address}" alt="{told}"></div>\n'
 
 
-def _size(height: int, width: int) -> tuple[int, int]:
+def _size(steps: int, height: int, width: int) -> tuple[int, int]:
     """Of frames in the page."""
-    factor = min(1.0, _LONGEST / max(height, width))
+    factor = min(1.0, _LONGEST / max(height, width), math.sqrt(_MOST / (steps * height * width)))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
