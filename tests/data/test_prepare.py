@@ -225,8 +225,6 @@ def test_frames_that_are_none(src, tmp_path, read, message):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_readers_tell_becomes_notes(src, tmp_path, workers):
     source = type("Telling", (Fake,), {"read": staticmethod(tell)})
-    if workers:  # found by name in the worker
-        globals()["Telling"] = source
     done = prepare(source(), src, tmp_path / "out", workers=workers)
     assert done.notes == ["a: has a word to say", "b-c: has a word to say"]
 
