@@ -193,6 +193,23 @@ def test_eight_bit_numbers_come_back_as_they_were():
         assert report(protocol, shifted, target).mean["psnr"] == pytest.approx(expected, rel=1e-12)
 
 
+def test_eight_bit_numbers_are_those_of_float32_products():
+    """As numpy has them in the projects, for every float32 number that is near to where the whole number changes."""
+    near = np.arange(1, 256, dtype=np.float32) / np.float32(255)
+    around = [near]
+    for towards in (0, 1):
+        step = near
+        for _ in range(4):
+            step = np.nextafter(step, np.float32(towards))
+            around.append(step)
+    frames = np.concatenate(around).reshape(9, 1, 1, 15, 17)
+    cut = np.uint8(frames * 255)
+    assert (cut.reshape(9, -1) < np.uint8(np.arange(1, 256))).any()  # some of them are just below
+    prediction, target = torch.from_numpy(frames), torch.from_numpy(cut).float() / 255
+    for protocol in ("predrnn", "simvp"):
+        assert report(protocol, prediction, target).mean["psnr"] == 100
+
+
 def test_simvps_psnr_does_not_see_a_difference_of_sixteen():
     target = torch.full((1, 1, 1, 16, 16), 100 / 255)
     assert report("simvp", target + 16 / 255, target).mean["psnr"] == 100

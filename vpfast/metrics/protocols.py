@@ -119,9 +119,9 @@ def _clipped(frames: Tensor) -> Tensor:
 
 
 def _eight_bit(frames: Tensor) -> Tensor:
-    """Whole numbers 0 .. 255, cut off, not rounded, from products in float32: k / 255 comes back as k, which in float64
-    it would not."""
-    return (_clipped(frames).float() * 255).floor().double()
+    """Whole numbers 0 .. 255, cut off, not rounded. Of float32 frames they are those of the projects' float32 products:
+    no float32 number is so near to k / 255 that the two would differ."""
+    return (_clipped(frames) * 255).floor()
 
 
 def _symmetric(frames: Tensor) -> Tensor:
