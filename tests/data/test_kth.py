@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpfast.data import DataError, PreparedClips, read_video
 from vpfast.data.prepare import prepare
@@ -127,6 +128,19 @@ def test_a_frame_that_is_there_twice(make_frames, pattern, tmp_path):
     (folder / "frame2.png").rename(folder / "frame01.png")
     with pytest.raises(DataError, match=r"frame1\.png: frame 1 is there twice, frame01\.png is it too"):
         KTH().recordings(tmp_path / "src")
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "not an image", "another size"])
+def test_damaged_images_are_named(make_frames, pattern, tmp_path, how):
+    folder = make_frames(pattern(6, 20, 60), "src/person02_boxing_d3_uncomp", names="image_{:04}.png")
+    path = folder / "image_0004.png"
+    if how == "another size":
+        Image.fromarray(pattern(1, 24, 60)[0]).save(path)
+    else:
+        path.write_bytes(damaged(path.read_bytes(), how))
+    with pytest.raises(DataError, match=r"image_0004\.png: (not an image|frame 3 is 24x60)"):
+        prepare(KTH(**SMALL), tmp_path / "src", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.npy"))
 
 
 def test_a_folder_without_films(tmp_path):
