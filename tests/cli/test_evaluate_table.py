@@ -143,7 +143,10 @@ def test_table_1_is_of_files(command, codes, tmp_path, read_json):
         (["--table", "mspn-3", "--horizon", "5"], "horizon: 5 given, must be left out: --table mspn-3 is of 10 → 10"),
         (["--table", "mspn-3", "--context=5"], "context: 5 given, must be left out"),
         (["--table", "mspn-3", "--strip", "s.png"], "strip: s.png given, must be left out beside --table"),
-        (["--table", "mspn-3", "--add", "/no.json"], "/no.json"),
+        (
+            ["--table", "mspn-3", "--add", "/no.json"],
+            "add: /no.json given, must be a file that an earlier --table wrote",
+        ),
         (["--table", "shrvqvae-1"], "--table shrvqvae-1 is of codes, and a MSPN has none"),
         (
             ["--table", "shrvqvae-1", "--part", "kth"],

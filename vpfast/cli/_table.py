@@ -17,11 +17,11 @@ from vpfast.training.evaluation import Evaluation, evaluate
 from vpfast.training.recipes import BASELINE, MODEL, counted, recipe_of
 from vpfast.training.tables import TABLE_1_NAME, TABLES, Entry, Part, Table, compression, page, read_entries
 
-NAMES = (*TABLES, TABLE_1_NAME)
+NAMES = tuple(sorted((*TABLES, TABLE_1_NAME)))
 
 
 def check_table(values: dict[str, Any], argv: Sequence[str]) -> None:
-    """Raise ValueError, which names the key, where what is asked for cannot be a table; before anything is read."""
+    """Raise an error that names the key where what is asked for cannot be a table; before anything is read."""
     name, part = values["table"], values["part"]
     if name is None:
         for key in ("part", "add"):
@@ -37,6 +37,10 @@ def check_table(values: dict[str, Any], argv: Sequence[str]) -> None:
             if values[key] is not None:
                 raise ValueError(f"{key}: {values[key]} given, must be left out: --table {name} has one part")
         return
+    if values["add"] is not None and not Path(values["add"]).is_file():
+        raise FileNotFoundError(
+            f"add: {values['add']} given, must be a file that an earlier --table wrote: there is none"
+        )
     parts = _parts(TABLES[name], part)
     for key in ("context", "horizon"):
         if any(arg.partition("=")[0] == f"--{key}" for arg in argv):
