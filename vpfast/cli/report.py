@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
 def _out(values: Mapping[str, Any]) -> Path:
     """Where the page goes; ValueError where an option of its own cannot be."""
     if not values["out"] or Path(values["out"]).suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"out: {values['out']} given, must be a file that ends in .html")
+        raise ValueError(f"out: {values['out'] or 'nothing'} given, must be a file that ends in .html")
     if values["show"] < 0:
         raise ValueError(f"show: {values['show']} given, must be at least 0")
     if not 0 < values["fps"] <= 50:

@@ -126,10 +126,11 @@ def run(argv: Sequence[str]) -> int:
     subject = measured(values, first)
     coder = _autoencoder(first)
     given = _from_split(values, subject) if video is None else _from_video(values, subject, video, coder is not None)
+    worse = _worsened(given.frames, values)
     with new_folder(out, replace) as folder:
         told = _draw_made(folder, subject, given, values) if len(given.clips) else []  # type: ignore[arg-type]
         if coder is not None:
-            told += _draw_layers(folder, coder.to(pick_device(values["device"])), given.frames, values)
+            told += _draw_layers(folder, coder.to(pick_device(values["device"])), given.frames, worse, values)
     print(*told, f"{given.source}: {out}", sep="\n")
     return 0
 
@@ -254,10 +255,16 @@ def _draw_made(folder: Path, subject: Measured, given: Shown, values: Mapping[st
     return [f"{name:>{width}}  {_told(report.mean)}  over {clips}" for name, report in evaluation.reports.items()]
 
 
-def _draw_layers(folder: Path, model: HRVQVAE, frames: Tensor, values: Mapping[str, Any]) -> list[str]:
+def _draw_layers(
+    folder: Path,
+    model: HRVQVAE,
+    frames: Tensor,
+    worse: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Any],
+) -> list[str]:
     """What the layers of codes hold of the frames; returns a line for each depth and each way of making them worse."""
     rows = values["rows"]
-    codes = model.encode(frames.to(next(model.parameters()).device)).to("cpu")
+    codes = _encoded(model, frames)
     made = _by_depth(model, codes)
     notes = {name: _smaller(codes.first(depth)) for depth, name in enumerate(made, start=1)}
     told = [f"{name:>10}  {_told(errors(clip, frames))}  {notes[name]}" for name, clip in made.items()]
@@ -265,11 +272,15 @@ def _draw_layers(folder: Path, model: HRVQVAE, frames: Tensor, values: Mapping[s
     write_gif(folder / "depths.gif", side_by_side({"frame": frames, **made}), values["fps"])
     write_code_maps(folder / "codes.png", frames, codes.indices, codes.codebook_size, model.config.strict_tree, rows)
     write_heat_maps(folder / "heatmaps.png", frames, _news(model, codes), rows)
-    for name in CORRUPTIONS:
-        if runs := _repairs(model, frames, name, values):
-            write_repairs(folder / f"{name}.png", frames, runs, rows)
-            told += [f"{run}: {_repaired(clips, frames)}" for run, clips in runs.items()]
+    for name, given in worse.items():
+        runs = {run: {"given": clip, **_by_depth(model, _encoded(model, clip))} for run, clip in given.items()}
+        write_repairs(folder / f"{name}.png", frames, runs, rows)
+        told += [f"{run}: {_repaired(clips, frames)}" for run, clips in runs.items()]
     return told
+
+
+def _encoded(model: HRVQVAE, frames: Tensor) -> Codes:
+    return model.encode(frames.to(next(model.parameters()).device)).to("cpu")
 
 
 def _by_depth(model: HRVQVAE, codes: Codes) -> dict[str, Tensor]:
@@ -277,20 +288,17 @@ def _by_depth(model: HRVQVAE, codes: Codes) -> dict[str, Tensor]:
     return {counted(depth, "layer"): model.decode(codes, depth).float().cpu() for depth in range(1, codes.layers + 1)}
 
 
-def _repairs(model: HRVQVAE, frames: Tensor, name: str, values: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """For each level asked for: the frames made worse, and what comes of them by depth."""
-    corruption, runs = CORRUPTIONS[name], {}
-    device = next(model.parameters()).device
-    for level in values[_key(name)]:
-        try:
-            worse = corruption.apply(frames, level, values["seed"])
-        except ValueError as error:
-            raise ValueError(f"--{name} {level}: {error}") from error
-        runs[f"{name} {level:g} {corruption.unit}"] = {
-            "given": worse,
-            **_by_depth(model, model.encode(worse.to(device)).to("cpu")),
-        }
-    return runs
+def _worsened(frames: Tensor, values: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """By picture and run: the frames made worse as it is asked for; ValueError names a level that cannot be."""
+    worse: dict[str, dict[str, Tensor]] = {}
+    for name, corruption in CORRUPTIONS.items():
+        for level in values[_key(name)]:
+            try:
+                made = corruption.apply(frames, level, values["seed"])
+            except ValueError as error:
+                raise ValueError(f"--{name} {level}: {error}") from error
+            worse.setdefault(name, {})[f"{name} {level:g} {corruption.unit}"] = made
+    return worse
 
 
 def _repaired(clips: Mapping[str, Tensor], frames: Tensor) -> str:
