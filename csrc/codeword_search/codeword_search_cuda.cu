@@ -23,6 +23,8 @@
 #include "codeword_search/codeword_search_small_cuda.h"
 #include "codeword_search/codeword_search_sums_cuda.h"
 #include "common/cuda_launch.h"
+#include "common/cuda_shared_memory.h"
+#include "common/devices.h"
 
 namespace vpfast::gpu {
 namespace {
@@ -62,16 +64,6 @@ X* data_of(Tensor& t) {
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
-int64_t multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-
 // One call: the problem, and what keeps the memory that it points to alive.
 struct Call {
   Problem p{};
@@ -88,9 +80,7 @@ struct Call {
 template <class... Parameters, class... Arguments>
 void launch(const Call& call, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_memory,
             Arguments&&... arguments) {
-  if (shared_memory > (40 << 10)) {  // 48 KiB, less what kernels declare, need no leave
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory));
-  }
+  if (shared_memory > kFreeSharedMemory) allow_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -112,7 +102,8 @@ Tensor aligned(const Tensor& t) {
 
 // Shapes and codewords. The public function has told the user what is wrong; here nothing may read out of bounds.
 template <class W>
-Call plan(const Tensor& on, const std::vector<Tensor>& codebooks, int64_t vectors, int64_t dim, bool strict_tree) {
+Call plan(const Tensor& on, const std::vector<Tensor>& codebooks, bool strict_tree) {
+  const int64_t vectors = on.size(0), dim = on.size(1);
   const int64_t layers = static_cast<int64_t>(codebooks.size());
   STD_TORCH_CHECK(layers >= 1 && layers <= kMaxLayers, "codeword_search: 1 to 16 codebooks, got ", layers);
   const int64_t size = codebooks[0].size(0);
@@ -133,8 +124,6 @@ Call plan(const Tensor& on, const std::vector<Tensor>& codebooks, int64_t vector
                     "codeword_search: more than 2^31 codewords in a layer");
     STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) == rows && codebook.size(1) == dim,
                     "codeword_search: layer ", layer + 1, " must be (", rows, ", ", dim, ")");
-    STD_TORCH_CHECK(codebook.get_device_index() == on.get_device_index(),
-                    "codeword_search: codebooks must be on the device of the vectors");
     call.kept.push_back(aligned(torch::stable::contiguous(torch::stable::to(codebook, kScalar<W>))));
     p.rows[layer] = call.kept.back().const_data_ptr();
     p.first_row[layer] = call.rows;
@@ -149,9 +138,7 @@ template <int D>
 void search_small(const Call& call, const SmallLayout& s) {
   const int64_t bytes = int64_t{s.words} * 4;
   int blocks = 1;
-  if (bytes > (48 << 10)) {
-    cudaFuncSetAttribute(gpu::search_small<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  }
+  if (bytes > kFreeSharedMemory) allow_shared_memory(reinterpret_cast<const void*>(gpu::search_small<D>));
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gpu::search_small<D>, kThreads, static_cast<size_t>(bytes));
   const int64_t most = std::max(blocks, 1) * multiprocessors();
   const int64_t tiles = parts(call.p.vectors, int64_t{kWarps} * Small<D>::kSlots);
@@ -379,7 +366,7 @@ std::tuple<Tensor, Tensor> make_outputs(Call& call, const Tensor& z) {
 
 template <class W>
 std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& codebooks, bool strict_tree) {
-  Call call = plan<W>(z, codebooks, z.size(0), z.size(1), strict_tree);
+  Call call = plan<W>(z, codebooks, strict_tree);
   read_from(call, z);
   auto outputs = make_outputs(call, z);
   search_codes<W>(call);
@@ -400,7 +387,7 @@ void measure_all_errors(const Call& call, W* to) {
 template <class W>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& z, const std::vector<Tensor>& codebooks,
                                                          bool strict_tree) {
-  Call call = plan<W>(z, codebooks, z.size(0), z.size(1), strict_tree);
+  Call call = plan<W>(z, codebooks, strict_tree);
   const Problem& p = call.p;
   read_from(call, z);
   const auto [quantized, indices] = make_outputs(call, z);
@@ -468,7 +455,7 @@ void take_indices(Call& call, const Tensor& indices) {
 template <class W>
 std::vector<Tensor> search_backward(const Tensor& grad_quantized, const Tensor& indices,
                                     const std::vector<Tensor>& codebooks, bool strict_tree) {
-  Call call = plan<W>(grad_quantized, codebooks, grad_quantized.size(0), grad_quantized.size(1), strict_tree);
+  Call call = plan<W>(grad_quantized, codebooks, strict_tree);
   const int layers = call.p.layers;
   take_indices(call, indices);
   Gradients gradients(codebooks);
@@ -502,12 +489,11 @@ void pull_up_gradients(const Call& call, const W* weights, const W* counts, cons
 }
 
 template <class W>
-std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tensor>& grad_quantized,
+std::tuple<Tensor, std::vector<Tensor>> train_backward(const Tensor& z, const std::optional<Tensor>& grad_quantized,
                                                        const Tensor& weights_z, const Tensor& weights_codebooks,
-                                                       const Tensor& z, const Tensor& indices,
-                                                       const std::vector<Tensor>& codebooks, const Tensor& counts,
-                                                       const Tensor& sums, bool strict_tree) {
-  Call call = plan<W>(z, codebooks, z.size(0), z.size(1), strict_tree);
+                                                       const Tensor& indices, const std::vector<Tensor>& codebooks,
+                                                       const Tensor& counts, const Tensor& sums, bool strict_tree) {
+  Call call = plan<W>(z, codebooks, strict_tree);
   const Problem& p = call.p;
   check(weights_z, "weights_z", kScalar<W>, {p.layers});
   check(weights_codebooks, "weights_codebooks", kScalar<W>, {p.layers, p.layers});
@@ -549,9 +535,13 @@ std::tuple<Tensor, std::vector<Tensor>> train_backward(const std::optional<Tenso
 
 // --- by type ---
 
-void check_types(const Tensor& z, const std::vector<Tensor>& codebooks) {
-  STD_TORCH_CHECK(z.dim() == 2, "codeword_search: z must be (N, D)");
+// `z`, by that name, is what says where and in which type the call is. Comes before anything asks for its device.
+void check_inputs(const char* name, const Tensor& z, const std::vector<Tensor>& codebooks,
+                  std::initializer_list<Named> others = {}) {
+  STD_TORCH_CHECK(z.dim() == 2, "codeword_search: ", name, " must be (N, D)");
+  for (const Named& other : others) check_device("codeword_search", {name, z}, other);
   for (const Tensor& codebook : codebooks) {
+    check_device("codeword_search", {name, z}, {"a codebook", codebook});
     const bool working = z.scalar_type() != ScalarType::Double && codebook.scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(working || codebook.scalar_type() == z.scalar_type(),
                     "codeword_search: codebooks must have the type of z, or float32 beside half precision");
@@ -559,31 +549,41 @@ void check_types(const Tensor& z, const std::vector<Tensor>& codebooks) {
 }
 
 #define VPFAST_BY_TYPE(TENSOR, FUNCTION, ...)                                         \
-  check_types(TENSOR, codebooks);                                                     \
   const OnDeviceOf device(TENSOR);                                                    \
   if (type_of(TENSOR) == Type::float64) return FUNCTION<double>(TENSOR, __VA_ARGS__); \
   return FUNCTION<float>(TENSOR, __VA_ARGS__);
 
-std::tuple<Tensor, Tensor> codeword_search(Tensor z, std::vector<Tensor> codebooks,
-                                           bool strict_tree){VPFAST_BY_TYPE(z, search, codebooks, strict_tree)}
+std::tuple<Tensor, Tensor> codeword_search(Tensor z, std::vector<Tensor> codebooks, bool strict_tree) {
+  check_inputs("z", z, codebooks);
+  VPFAST_BY_TYPE(z, search, codebooks, strict_tree)
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> codeword_search_train(Tensor z, std::vector<Tensor> codebooks,
-                                                                         bool strict_tree){
-    VPFAST_BY_TYPE(z, train, codebooks, strict_tree)}
+                                                                         bool strict_tree) {
+  check_inputs("z", z, codebooks);
+  VPFAST_BY_TYPE(z, train, codebooks, strict_tree)
+}
 
 std::vector<Tensor> codeword_search_backward(Tensor grad_quantized, Tensor indices, std::vector<Tensor> codebooks,
-                                             bool strict_tree){
-    VPFAST_BY_TYPE(grad_quantized, search_backward, indices, codebooks, strict_tree)}
+                                             bool strict_tree) {
+  check_inputs("grad_quantized", grad_quantized, codebooks, {{"indices", indices}});
+  VPFAST_BY_TYPE(grad_quantized, search_backward, indices, codebooks, strict_tree)
+}
 
 std::tuple<Tensor, std::vector<Tensor>> codeword_search_train_backward(std::optional<Tensor> grad_quantized,
                                                                        Tensor weights_z, Tensor weights_codebooks,
                                                                        Tensor z, Tensor indices,
                                                                        std::vector<Tensor> codebooks, Tensor counts,
                                                                        Tensor sums, bool strict_tree) {
-  check_types(z, codebooks);
-  const OnDeviceOf device(z);
-  const auto run = type_of(z) == Type::float64 ? train_backward<double> : train_backward<float>;
-  return run(grad_quantized, weights_z, weights_codebooks, z, indices, codebooks, counts, sums, strict_tree);
+  check_inputs("z", z, codebooks,
+               {{"grad_quantized", grad_quantized ? *grad_quantized : z},
+                {"weights_z", weights_z},
+                {"weights_codebooks", weights_codebooks},
+                {"indices", indices},
+                {"counts", counts},
+                {"sums", sums}});
+  VPFAST_BY_TYPE(z, train_backward, grad_quantized, weights_z, weights_codebooks, indices, codebooks, counts, sums,
+                 strict_tree)
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "common/devices.h"
 #include "common/layout.h"
 #include "edlstm_gates/edlstm_gates_problem.h"
 
@@ -56,14 +57,14 @@ void check_inputs(const Tensor& gates, const Tensor& c_prev, const std::string& 
   for (char gate : {'f', 'i', 'o', 'g'}) {
     STD_TORCH_CHECK(order.find(gate) != std::string::npos, "edlstm_gates: order must be a permutation of 'fiog'");
   }
-  STD_TORCH_CHECK(gates.device() == c_prev.device(), "edlstm_gates: gates and c_prev are on different devices");
+  check_device("edlstm_gates", {"gates", gates}, {"c_prev", c_prev});
   for_types(gates.scalar_type(), c_prev.scalar_type(), [](auto) {});
 }
 
 void check_gradient(const char* name, const Tensor& grad, const Tensor& like, ScalarType dtype) {
-  bool same = grad.dim() == like.dim() && grad.scalar_type() == dtype && grad.device() == like.device();
+  bool same = grad.dim() == like.dim() && grad.scalar_type() == dtype;
   for (int64_t d = 0; same && d < like.dim(); ++d) same = grad.size(d) == like.size(d);
-  STD_TORCH_CHECK(same, name, " has another shape, type or device than the output it belongs to");
+  STD_TORCH_CHECK(same, name, " has another shape or type than the output it belongs to");
 }
 
 // The common part of forward and backward: which layout, how many rows of which length, where each gate lies.
@@ -109,6 +110,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c, Tensor gates,
                                     Tensor c_prev, std::string order) {
   check_inputs(gates, c_prev, order);
+  if (grad_h) check_device("edlstm_gates", {"gates", gates}, {"grad_h", *grad_h});
+  if (grad_c) check_device("edlstm_gates", {"gates", gates}, {"grad_c", *grad_c});
   const Device device(gates);
   const Layout layout = layout_of(gates);
   Tensor grad_gates = empty_as(gates, gates.scalar_type(), layout);

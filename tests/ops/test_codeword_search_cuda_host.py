@@ -177,6 +177,19 @@ def test_codebooks_that_start_anywhere(gpu):
     assert_searched(gpu, z, [moved], True)
 
 
+def test_leave_for_shared_memory_is_given_once(gpu):
+    """Codebooks of 50 to 200 KiB, the largest neither first nor last, on one GPU and on another: no launch takes back
+    what another thread's may be about to use, and each GPU gives leave of its own."""
+    for shared_memory in (227, 210, 227):
+        gpu.play(shared_memory * KIB)
+        for size in (1000, 2000, 4000, 1500):
+            z, codebooks = inputs(40, 8, size, 1)
+            assert_searched(gpu, z, codebooks, False)
+        for dim in (20000, 50000, 15000):
+            z, codebooks = inputs(3, dim, 3, 2)
+            assert_searched(gpu, z, codebooks, True)
+
+
 # --- statistics and gradients ----------------------------------------------------------------------------------------
 
 
@@ -275,3 +288,24 @@ def test_what_does_not_fit_is_refused(gpu):
         gpu.codeword_search(z, [codebooks[0], codebooks[0]], True)
     with pytest.raises(RuntimeError, match="indices must be int64"):
         gpu.codeword_search_backward(z, torch.zeros(5, 2, dtype=torch.int32), codebooks, True)
+
+
+@pytest.mark.parametrize("name", ["grad_quantized", "indices", "codebooks", "weights_z", "counts", "sums"])
+def test_a_tensor_on_another_device_is_refused(gpu, name):
+    """Of meta in the place of another GPU."""
+    z, codebooks = inputs(5, 4, 3, 2)
+    _, indices, _, counts, sums = gpu.codeword_search_train(z, codebooks, True)
+    weights = {"weights_z": torch.ones(2), "weights_codebooks": torch.ones(2, 2)}
+    given = {"grad_quantized": z, **weights, "z": z, "indices": indices, "codebooks": codebooks}
+    given |= {"counts": counts, "sums": sums, "strict_tree": True}
+    moved = given[name]
+    given[name] = [moved[0], moved[1].to("meta")] if name == "codebooks" else moved.to("meta")
+    told = "a codebook" if name == "codebooks" else name
+    with pytest.raises(RuntimeError, match=f"codeword_search: z is on cpu and {told} on meta; move one of them"):
+        gpu.codeword_search_train_backward(**given)
+    if name in ("indices", "codebooks"):
+        with pytest.raises(RuntimeError, match=f"grad_quantized is on cpu and {told} on meta; move one of them"):
+            gpu.codeword_search_backward(z, given["indices"], given["codebooks"], True)
+    if name == "codebooks":
+        with pytest.raises(RuntimeError, match="z is on cpu and a codebook on meta; move one of them"):
+            gpu.codeword_search(z, given["codebooks"], True)

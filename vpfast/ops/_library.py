@@ -5,7 +5,7 @@ Schema, fake, autograd and autocast are the same code for both.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,33 @@ VARIANTS = ("", "_triton")
 def operator(name: str, backend: str) -> Any:
     """The torch operator ``vpfast::name`` as ``backend`` serves it, one of those that ``Backends.select`` returns."""
     return getattr(torch.ops.vpfast, f"{name}_triton" if backend == "triton" else name)
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """``fake`` tells the shapes of what ``vpfast::name`` returns, once its tensors are seen to be on one device."""
+
+    def checked(*arguments: Any) -> Any:
+        device_of_all(name, arguments)
+        return fake(*arguments)
+
+    torch.library.register_fake(f"vpfast::{name}", checked, lib=LIBRARY)
+
+
+def device_of_all(name: str, arguments: tuple[Any, ...]) -> torch.device:
+    """The device of all tensors that ``vpfast::name`` is called with. Kernels read addresses, wherever they lead.
+
+    Raises:
+        RuntimeError: they are on two devices, which the message names with the arguments.
+    """
+    first, *others = _tensors(arguments)
+    if all(other.device == first.device for other in others):
+        return first.device
+    schema = getattr(torch.ops.vpfast, name).default._schema
+    given = zip(schema.arguments, arguments, strict=False)
+    placed = [(argument.name, tensor.device) for argument, value in given for tensor in _tensors((value,))]
+    argument, device = placed[0]
+    other, elsewhere = next(place for place in placed if place[1] != device)
+    raise RuntimeError(f"{name}: {argument} is on {device} and {other} on {elsewhere}; move one of them")
 
 
 def serve_by_triton(room: str, *names: str) -> None:
@@ -40,7 +67,7 @@ class _Launcher:
 
     def __call__(self, *arguments: Any) -> Any:
         kernels = importlib.import_module(f"vpfast.kernels.{self.room}")
-        device = next(_tensors(arguments)).device
+        device = device_of_all(f"{self.name}_triton", arguments)
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return getattr(kernels, self.name)(*arguments)

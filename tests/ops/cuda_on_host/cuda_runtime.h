@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -53,6 +54,10 @@ namespace cuda_on_host {
 
 inline bool backwards = false;
 inline int64_t shared_memory_limit = 227 << 10, multiprocessors = 3;
+inline int device = 0;
+inline std::map<std::pair<const void*, int>, int> dynamic_shared_memory;  // that a kernel may have on a device
+
+constexpr int kFreeSharedMemory = 48 << 10;  // of a block, with no leave
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
@@ -258,7 +263,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 // --- the runtime ---
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 struct cudaLaunchConfig_t {
@@ -267,15 +272,30 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_host::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const bool memory = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
   *value = static_cast<int>(memory ? cuda_on_host::shared_memory_limit : cuda_on_host::multiprocessors);
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return attributes->sharedSizeBytes = 0, cudaSuccess;  // what they declare is not known here
+}
+// Leave that is taken back could be what another thread is about to launch with.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  using namespace cuda_on_host;
+  if (bytes > shared_memory_limit) return cudaErrorInvalidValue;
+  int& allowed = dynamic_shared_memory[{kernel, device}];
+  if (bytes < allowed) fail("a kernel may have less dynamic shared memory than before");
+  return allowed = bytes, cudaSuccess;
+}
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, bytes);
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
@@ -293,7 +313,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   using namespace cuda_on_host;
-  if (config->dynamicSmemBytes > static_cast<size_t>(shared_memory_limit)) fail("more shared memory than there is");
+  const auto bytes = static_cast<int64_t>(config->dynamicSmemBytes);
+  const int allowed = dynamic_shared_memory[{reinterpret_cast<const void*>(kernel), device}];
+  if (bytes > shared_memory_limit) fail("more shared memory than there is");
+  if (bytes > std::max(kFreeSharedMemory, allowed)) fail("more shared memory than the kernel has leave for");
   static std::vector<Fiber> fibers(1024);
   Block b{fibers};
   blockDim = config->blockDim;

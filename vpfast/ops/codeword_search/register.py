@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import working_dtype
 
@@ -283,7 +283,7 @@ def _register(variant: str) -> None:
         LOSSES: losses,
     }
     for op, fake in fakes.items():
-        torch.library.register_fake(f"vpfast::{op}{variant}", fake, lib=LIBRARY)
+        register_fake(op + variant, fake)
     LIBRARY.impl(LOSSES + variant, losses, "CompositeExplicitAutograd")
 
     def differentiate(op: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:

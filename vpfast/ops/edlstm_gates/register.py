@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vpfast.ops import _native
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
 from vpfast.ops.edlstm_gates import reference
 
 FORWARD, BACKWARD = "edlstm_gates", "edlstm_gates_backward"
@@ -112,8 +112,8 @@ def _register_autocast(op: str, key: str) -> None:
 
 
 for _variant in VARIANTS:
-    torch.library.register_fake(f"vpfast::{FORWARD}{_variant}", _fake, lib=LIBRARY)
-    torch.library.register_fake(f"vpfast::{BACKWARD}{_variant}", _fake_backward, lib=LIBRARY)
+    register_fake(FORWARD + _variant, _fake)
+    register_fake(BACKWARD + _variant, _fake_backward)
     torch.library.register_autograd(
         f"vpfast::{FORWARD}{_variant}", _backward(_variant), setup_context=_setup_context, lib=LIBRARY
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import Mask3d
 from vpfast.ops.masked_attention3d.reference import working_dtype
@@ -194,7 +194,7 @@ def _register_autocast(op: str, key: str) -> None:
 
 for _variant in VARIANTS:
     for _op, _fake in ((FORWARD, _fake_forward), (BACKWARD, _fake_backward), (DECODE, _fake_decode)):
-        torch.library.register_fake(f"vpfast::{_op}{_variant}", _fake, lib=LIBRARY)
+        register_fake(_op + _variant, _fake)
     torch.library.register_autograd(
         f"vpfast::{FORWARD}{_variant}", _gradients(_variant), setup_context=_setup, lib=LIBRARY
     )

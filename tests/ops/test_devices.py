@@ -1,0 +1,101 @@
+"""No operator takes tensors of two devices: a kernel would read addresses of the one on the other.
+
+Where there is no GPU the other device is meta, and what is asked is the operators' fakes and Triton's launcher; the
+checks of the CUDA kernels are compiled for the host in test_codeword_search_cuda_host.py.
+"""
+
+import pytest
+import torch
+from codebooks import inputs
+
+from vpfast.ops import _library
+
+GPU = torch.cuda.is_available()
+HERE, OTHER = ("cuda:0", "cpu") if GPU else ("cpu", "meta")
+
+
+def codewords():
+    z, codebooks = inputs(5, 4, 3, 2)
+    indices, counts, sums = torch.zeros(5, 2, dtype=torch.int64), torch.zeros(12), torch.zeros(12, 4)
+    return z, codebooks, indices, counts, sums
+
+
+def search():
+    z, codebooks, *_ = codewords()
+    return z, codebooks, True
+
+
+def search_backward():
+    z, codebooks, indices, *_ = codewords()
+    return z, indices, codebooks, True
+
+
+def train_backward():
+    z, codebooks, *rest = codewords()
+    return z, torch.ones(2), torch.ones(2, 2), z, rest[0], codebooks, *rest[1:], True
+
+
+def cells():
+    return torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 12, 4), torch.zeros(2, 3, 4), "fiog"
+
+
+def attention(tensors, *more):
+    return *(torch.zeros(1, 2, 8, 16) for _ in range(tensors)), *more, [2, 2, 2], "raster", [-1, -1, -1], 0.25
+
+
+OPERATORS = {
+    "codeword_search": search(),
+    "codeword_search_train": search(),
+    "codeword_search_backward": search_backward(),
+    "codeword_search_train_backward": train_backward(),
+    "codeword_search_losses": (*search(), False),
+    "edlstm_gates": cells()[2:],
+    "edlstm_gates_backward": cells(),
+    "masked_attention3d": attention(3),
+    "masked_attention3d_backward": attention(5, torch.zeros(1, 2, 8)),
+    "masked_attention3d_decode": attention(3, torch.zeros(8, dtype=torch.int64)),
+}
+# No kernel of this one runs on a GPU but Triton's.
+CASES = [
+    (name, variant)
+    for name in OPERATORS
+    for variant in _library.VARIANTS
+    if not (GPU and "attention" in name and variant == "")
+]
+
+
+def moved(given, device):
+    return [t.to(device) for t in given] if isinstance(given, list) else given.to(device)
+
+
+def is_tensor(given):
+    return isinstance(given[0] if isinstance(given, list) else given, torch.Tensor)
+
+
+def with_one_elsewhere(name):
+    """The arguments with each but the first that holds tensors moved in turn, and its name."""
+    schema = getattr(torch.ops.vpfast, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    here = [moved(given, HERE) if is_tensor(given) else given for given in OPERATORS[name]]
+    for k, given in enumerate(here):
+        if k > 0 and is_tensor(given):
+            yield names[k], [*here[:k], moved(given, OTHER), *here[k + 1 :]]
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_an_operator_refuses_tensors_of_two_devices(name, variant):
+    for argument, arguments in with_one_elsewhere(name):
+        with pytest.raises(RuntimeError, match=r"is on .* and .* on .*; move one of them") as refusal:
+            getattr(torch.ops.vpfast, name + variant)(*arguments)
+        told = str(refusal.value).partition("; move one")[0]
+        assert all(f"on {device}" in told for device in (HERE, OTHER))
+        assert argument.removesuffix("s") in told  # the CUDA kernels say "a codebook"
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "losses" not in name])
+def test_the_launcher_of_triton_refuses_tensors_of_two_devices(name):
+    room = next(room for room in ("codeword_search", "edlstm_gates", "masked_attention3d") if name.startswith(room))
+    launch = _library._Launcher(room, name)
+    for argument, arguments in with_one_elsewhere(name):
+        with pytest.raises(RuntimeError, match=f"{name}_triton: .* and {argument} on {OTHER}; move one of them"):
+            launch(*arguments)
