@@ -98,6 +98,7 @@ WRONG = [
     (["prepare", "kth", "--src", "/nowhere", "--out", "x", "--strides", "3"], "did you mean '--stride'?"),
     (["prepare", "kth", "--src", "/nowhere", "--out", "x", "--stride", "3"], "stride: "),
     (["prepare", "folder", "--src", "/nowhere", "--out", "x", "--size", "[0,4]"], "got (0, 4)"),
+    (["prepare", "folder", "--src", "/nowhere", "--out", "x", "--size", "16,24"], "given as a list: [1,2]"),
     (["prepare", "folder", "--src", "/nowhere", "--out", "x", "--size", "[9000,9]"], "at most 8192"),
     (["prepare", "folder", "--src", "/nowhere", "--out", "x", "--workers", "-1"], "workers: -1 given"),
     (["check"], "folder"),
@@ -245,3 +246,21 @@ def test_real_videos_from_the_command_line_alone(command, shared, read_json, tmp
         assert code == 0, err
         assert f"{clips} clips of the test split, 10 frames from 10" in said
         assert read_json(run / "e.json")["repeat last frame"]["mean"]["psnr"] > 10
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_frames_of_a_seq_file_beyond_its_header_are_told(command, shared, tmp_path, damaged):
+    """Of the file that announces fewer frames, also where another film of the same run cannot be read."""
+    content = bytearray((shared / "data/caltech_style/set06/V000.seq").read_bytes())
+    content[572:576] = (28).to_bytes(4, "little")
+    (tmp_path / "set06").mkdir()
+    (tmp_path / "set06/V000.seq").write_bytes(content)
+    if damaged:
+        (tmp_path / "set06/V001.seq").write_bytes(content[: len(content) // 2])
+    code, said, err = command(
+        "data", "prepare", "caltech", "--src", tmp_path, "--out", tmp_path / "out", "--size", "[16,16]"
+    )
+    assert (code == 0) is not damaged
+    assert ("V001.seq: frame 1" in err) is damaged
+    assert f"note: {tmp_path}/set06/V000.seq: goes on with frames at offset " in said
+    assert "behind the 28 that its header announces; left out" in said

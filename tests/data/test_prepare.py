@@ -115,7 +115,7 @@ def test_what_is_whole_is_not_decoded_again(src, tmp_path):
     first = prepare(Fake(), src, out)
     assert read_log(src) == ["a", "b-c"]
     before = (out / "index.json").stat().st_mtime_ns
-    assert prepare(Fake(), src, out, workers=2) == type(first)(first.index, 0, 2, [])
+    assert prepare(Fake(), src, out, workers=2) == type(first)(first.index, 0, 2)
     assert (out / "index.json").stat().st_mtime_ns == before
     assert read_log(src) == []
 
@@ -182,6 +182,14 @@ def tell(count, path):
     yield from read_counting(count, path)
 
 
+def tell_but_for_c(count, path):
+    yield from (no_frames if path.name == "c" else tell)(count, path)
+
+
+class TellingButForC(Fake):
+    read = staticmethod(tell_but_for_c)
+
+
 class Failing(Fake):
     read = staticmethod(fail_at_c)
 
@@ -223,10 +231,17 @@ def test_frames_that_are_none(src, tmp_path, read, message):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_readers_tell_becomes_notes(src, tmp_path, workers):
+def test_what_readers_tell_is_told_though_another_recording_fails(src, tmp_path, workers):
+    told = []
+    with pytest.raises(DataError, match="1 of 3 recordings cannot be prepared"):
+        prepare(TellingButForC(names=("a", "b", "c")), src, tmp_path / "out", workers=workers, tell=told.append)
+    assert sorted(told) == ["a: has a word to say", "b: has a word to say"]
+
+
+def test_what_readers_tell_are_warnings(src, tmp_path):
     source = type("Telling", (Fake,), {"read": staticmethod(tell)})
-    done = prepare(source(), src, tmp_path / "out", workers=workers)
-    assert done.notes == ["a: has a word to say", "b-c: has a word to say"]
+    with pytest.warns(UserWarning, match="a: has a word to say"):
+        prepare(source(names=("a",)), src, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a//b", "a/./b", "a\0", "a\\b"])
@@ -287,7 +302,7 @@ def test_a_preparation_killed_before_its_last_step(src, tmp_path):
         "".join(json.dumps(each) + "\n" for each in [index.head(), *(entry.to_dict() for entry in index.recordings)])
     )
     (out / "index.json").unlink()
-    assert prepare(Fake(), src, out) == type(prepare(Fake(), src, out))(index, 0, 2, [])
+    assert prepare(Fake(), src, out) == type(prepare(Fake(), src, out))(index, 0, 2)
     assert sorted(everything(out)) == ["frames/a.npy", "frames/b/c.npy", "index.json"]
 
 

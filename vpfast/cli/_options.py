@@ -208,4 +208,4 @@ def _one_line(message: str) -> str:
         ),
     ):
         line = re.sub(pattern, plain, line)
-    return line
+    return f"{line} (several are given as a list: [1,2])" if "tuple" in line else line

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tqdm import tqdm
+
 from vpfast.cli import Parser
 from vpfast.cli._options import Options
 from vpfast.cli._video import from_zero
@@ -64,12 +66,14 @@ def _prepare(name: str, argv: Sequence[str]) -> int:
         if values[key] is None:
             raise ValueError(f"--{key} is missing (`vpfast data prepare {name} --help` shows what is accepted)")
     source = kind(**{key: _hashable(values[key]) for key in fields})
-    done = prepare(source, values["src"], values["out"], values["workers"], True, values["force"])
-    for note in done.notes:
-        print(f"note: {note}")
+    done = prepare(source, values["src"], values["out"], values["workers"], True, values["force"], _note)
     print(f"{values['out']}: {done.decoded} recordings decoded, {done.kept} already there\n")
     print(_summary(done.index))
     return 0
+
+
+def _note(text: str) -> None:
+    tqdm.write(f"note: {text}")  # above the progress bar
 
 
 def _check(options: Any) -> int:

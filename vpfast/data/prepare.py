@@ -44,13 +44,11 @@ _TOLD = 5  # of many complaints
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`prepare` did: the index, how many recordings were decoded now and how many were there and whole, and
-    what the readers of the files found worth telling."""
+    """What :func:`prepare` did: the index, how many recordings were decoded now and how many were there and whole."""
 
     index: Index
     decoded: int
     kept: int
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ def prepare(
     workers: int = 0,
     progress: bool = False,
     force: bool = False,
+    tell: Callable[[str], object] = warnings.warn,
 ) -> Prepared:
     """Write the set that ``source`` finds under ``src`` to the folder ``out``, for :class:`vpfast.data.PreparedClips`.
 
@@ -89,6 +88,8 @@ def prepare(
         workers: processes beside this one; 0 decodes in this one.
         progress: show a bar where stderr is a terminal.
         force: replace what was prepared in ``out`` with other options, or is damaged.
+        tell: is given what the readers found worth telling of a recording that they could read, as soon as it is there:
+            it is not told again by a call that goes on from there.
 
     Raises:
         DataError: what the source says of its files; which recordings cannot be read, and why.
@@ -101,6 +102,7 @@ def prepare(
     head = _head(source)
     with _noting() as notes:
         recordings = _checked(source.recordings(src), src)
+    _tell_all(notes, tell)
     with _locked(out), _swept(out / "frames"):
         known = _known(out, head, force)
         planned = [_plan(recording, src, head) for recording in recordings]
@@ -116,10 +118,9 @@ def prepare(
             ]
             index = dataclasses.replace(head, recordings=tuple(whole.values()))
             if jobs or index != known or (out / JOURNAL_NAME).exists():
-                index, told = _decode(jobs, index, [entry.name for entry in planned], out, workers, bar)
-                notes += told
+                index = _decode(jobs, index, [entry.name for entry in planned], out, workers, bar, tell)
         _remove_strays(out, index)
-    return Prepared(index, len(jobs), len(whole), notes)
+    return Prepared(index, len(jobs), len(whole))
 
 
 def check(root: str | os.PathLike[str], workers: int = 0, progress: bool = False) -> list[str]:
@@ -262,16 +263,21 @@ def _whole(planned: list[Entry], known: Index | None, out: Path, workers: int, b
 
 
 def _decode(
-    jobs: list[_Job], index: Index, order: list[str], out: Path, workers: int, bar: Any
-) -> tuple[Index, list[str]]:
+    jobs: list[_Job],
+    index: Index,
+    order: list[str],
+    out: Path,
+    workers: int,
+    bar: Any,
+    tell: Callable[[str], object],
+) -> Index:
     """Decode ``jobs`` beside what ``index`` has, and write the index of all."""
     made = {entry.name: entry for entry in index.recordings}
     complaints: dict[int, str] = {}
-    notes: list[str] = []
     with _journal(out, index) as note_down:
         for number, result in in_parallel(_make, jobs, workers):
             bar.update()
-            notes += result.notes
+            _tell_all(result.notes, tell)
             if result.entry is None:
                 complaints[number] = result.complaint
             else:
@@ -283,7 +289,7 @@ def _decode(
     with replacing(out / INDEX_NAME) as file:
         file.write(complete.to_json().encode())
     (out / JOURNAL_NAME).unlink()
-    return complete, sorted(notes)
+    return complete
 
 
 def _many(complaints: list[str], of: int) -> str:
@@ -335,6 +341,11 @@ def _noting() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield notes
     notes += [str(each.message) for each in told if issubclass(each.category, UserWarning)]
+
+
+def _tell_all(notes: list[str], tell: Callable[[str], object]) -> None:
+    for note in notes:
+        tell(note)
 
 
 def _frames(job: _Job) -> Iterator[Tensor]:
