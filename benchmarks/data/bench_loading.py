@@ -141,7 +141,7 @@ def side_by_side(loaders: dict[str, Dataset[torch.Tensor]], steps: int) -> tuple
     first, second = sorted(os.sched_getaffinity(0))[:2]
     context = multiprocessing.get_context("spawn")
     begun, ended, results = context.Event(), context.Event(), context.Queue()
-    worker = context.Process(target=consume, args=(second, steps, begun, ended, results))
+    worker = context.Process(target=consume, args=(second, steps, begun, ended, results), daemon=True)
     worker.start()
     os.sched_setaffinity(0, {first})
     torch.set_num_threads(1)
