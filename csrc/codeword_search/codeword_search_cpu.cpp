@@ -1,12 +1,15 @@
 // codeword_search on the CPU.
 //
 // Story. Vectors go in groups of 48 through all layers, a thread a range of groups: z is read once, and what a group
-// needs (its residuals, a slice of a codebook) stays in the L1 cache. Two ways to scan, both in float32 by scores
+// needs (its residuals, a slice of a codebook) stays in the L1 cache. Three ways to scan, all in float32 by scores
 // (codeword_search_math.h), with near-ties decided in float64:
 //   by panels   codewords in the lanes of a register, components of a vector broadcast. Where all vectors search one
 //               codebook it is a tiled matrix product that keeps the best two scores of each lane in place of the
 //               products; where each has its own, a tile is one vector high. Every shape, every instruction set.
-//   by lookup   sixteen vectors in the lanes, for the top layers of small trees on AVX-512 (codeword_search_lookup.h).
+//   by eights   a tree of five to eight codewords a codebook on AVX-512: all of a vector's codebook in a register
+//               (codeword_search_eights.h).
+//   by lookup   sixteen vectors in the lanes, for the top layers of other small trees on AVX-512
+//               (codeword_search_lookup.h).
 // Codes done, a second walk over the group, still in the cache, adds the codewords up and collects what training needs.
 //
 // Sums over vectors (statistics, gradients of codebooks) are collected in an order that the problem alone decides: by
@@ -89,6 +92,7 @@ struct Call {
   std::vector<Tensor> kept;
   PackedPanels panels;
   PackedLookups lookups;
+  PackedEights eights;
   int64_t rows = 0;
   Isa isa = active_isa();  // once: the panels are laid out for it
 
@@ -140,6 +144,11 @@ void prepare_search(Call& call) {
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     p.lengths[layer] = measure_codewords(static_cast<const float*>(p.rows[layer]), codebooks, p.codebook_size, p.dim);
     if (p.strict_tree) codebooks *= p.codebook_size;
+  }
+  p.by_eights = call.isa == Isa::avx512 && fits_eights(p);
+  if (p.by_eights) {
+    call.eights = pack_eights(p);
+    return;
   }
   p.lookups.layers = call.isa == Isa::avx512 ? layers_by_lookup(p) : 0;
   call.lookups = pack_lookups(p);
@@ -313,6 +322,7 @@ std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& co
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   prepare_search<W>(call);
+  const AlignedVector<W> leaf_sums = sum_leaves<W>(p);
   Pass<W> outputs{};
   outputs.quantized = quantized.mutable_data_ptr();
   torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
@@ -339,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& z, const 
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   prepare_search<W>(call);
+  const AlignedVector<W> leaf_sums = sum_leaves<W>(p);
   Pass<W> outputs{};
   outputs.quantized = quantized.mutable_data_ptr();
   Sums found = collect_sums<T>(call, outputs, Step::measure, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {

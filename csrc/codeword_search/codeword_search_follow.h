@@ -113,8 +113,12 @@ void add_codewords(const Problem& p, Pass<W>& pass, int64_t first, int64_t count
   T* quantized = static_cast<T*>(pass.quantized) + first * dim;
   Row<W, D> sum(memory, dim), z(memory + dim, dim);
   for (int64_t v = 0; v < count; ++v) {
-    sum.copy(codeword<W>(p, 0, rows[v], dim));
-    for (int64_t layer = 1; layer < p.layers; ++layer) sum.add(codeword<W>(p, layer, rows[layer * kGroup + v], dim));
+    if (p.leaf_sums) {
+      sum.copy(static_cast<const W*>(p.leaf_sums) + rows[(p.layers - 1) * kGroup + v] * dim);
+    } else {
+      sum.copy(codeword<W>(p, 0, rows[v], dim));
+      for (int64_t layer = 1; layer < p.layers; ++layer) sum.add(codeword<W>(p, layer, rows[layer * kGroup + v], dim));
+    }
     if (!finite) {
       read_vector<T>(p, first + v, z);
       if (!z.finite()) sum.set(static_cast<W>(__builtin_nanf("")));

@@ -280,16 +280,26 @@ void scan_layer_by_panels(const Problem& p, Group& group, int64_t layer, double*
 }
 
 #if VPFAST_ISA_LEVEL == 2
+#include "codeword_search/codeword_search_eights.h"
 #include "codeword_search/codeword_search_lookup.h"
 #endif
 
 // --- the search ---
 
+template <class T>
+VPFAST_INLINE void scan_layer(const Problem& p, Group& group, int64_t layer, double* scratch) {
+#if VPFAST_ISA_LEVEL == 2
+  if (p.by_eights) return scan_layer_by_eights<T>(p, group, layer, scratch);
+#endif
+  scan_layer_by_panels<T>(p, group, layer, scratch);
+}
+
 // For vectors of components up to `largest`.
 VPFAST_INLINE void set_margins(const Problem& p, Group& group, float largest) {
   double length = __builtin_sqrt(static_cast<double>(p.dim)) * largest;
   for (int64_t layer = 0; layer < p.layers; ++layer) {
-    group.margins[layer] = uncertainty(p.dim, layer, length, p.lengths[layer]);
+    const int64_t marks = p.by_eights ? kMarkRoundings : 0;
+    group.margins[layer] = uncertainty(p.dim + marks, layer, length, p.lengths[layer]);
     length += reach(length, p.lengths[layer]);
   }
 }
@@ -312,8 +322,9 @@ VPFAST_INLINE void read_group(const Problem& p, Group& group, float* memory) {
     const float largest = is_dense(p) ? largest_magnitude(z, size) : __builtin_inff();
     finite = largest < __builtin_inff();
     if (finite) set_margins(p, group, largest);
-    // Where all layers go by lookups, which change nothing in place, the vectors are searched where they lie.
-    if (finite && group.count == kGroup && layers_to_look_up(p, group) == p.layers) {
+    // Where all layers go by what changes nothing in place, the vectors are searched where they lie.
+    const bool in_place = p.by_eights || layers_to_look_up(p, group) == p.layers;
+    if (finite && group.count == kGroup && in_place) {
       group.residuals = z;
       return;
     }
@@ -381,13 +392,14 @@ bool search_group(const Problem& p, int64_t first, int64_t count, int32_t* rows,
 #endif
   for (int64_t layer = 0; layer < p.layers && looked_up < p.layers; ++layer) {
     if (layer >= looked_up && group.margins[layer] < __builtin_inff()) {
-      scan_layer_by_panels<T>(p, group, layer, scratch);
+      scan_layer<T>(p, group, layer, scratch);
     } else if (layer >= looked_up) {
       for (int64_t v = 0; v < count; ++v) {
         group.choose(p, layer, v, exact_code<T, float>(p, group, layer, v, nullptr, p.codebook_size, scratch));
       }
+      fill(group.rows + layer * kGroup + count, kGroup - count, 0);  // the next scan may read them
     }
-    if (layer + 1 < p.layers) step_down(p, group, layer, residuals);
+    if (layer + 1 < p.layers && !p.by_eights) step_down(p, group, layer, residuals);
   }
   write_codes(p, group);
   return group.not_finite == 0;

@@ -1,4 +1,4 @@
-// Laying the codebooks out for the scans: see Panels and Lookups.
+// Laying the codebooks out for the scans: see Panels, Lookups and Eights; and the sums of a small tree's leaves.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -152,6 +152,84 @@ inline PackedLookups pack_lookups(Problem& p) {
     if (p.strict_tree) parents = rows;
   }
   return packed;
+}
+
+struct PackedEights {
+  std::vector<AlignedVector<float>> codebooks;
+};
+
+// Floats of a codebook that is scanned by eights.
+inline int64_t eight_size(const Problem& p) { return 8 * (p.dim + 2); }
+
+// Whether a tree's codebooks are to be scanned by eights: those of each layer stay in the cache.
+inline bool fits_eights(const Problem& p) {
+  constexpr int64_t most_dims = 32, most_floats = 1 << 18;
+  const bool eight = p.codebook_size > 4 && p.codebook_size <= 8, even = p.dim % 2 == 0;
+  if (!p.strict_tree || !eight || !even || p.dim > most_dims) return false;
+  int64_t parents = 1;
+  for (int64_t layer = 1; layer < p.layers && parents <= most_floats; ++layer) parents *= p.codebook_size;
+  return parents * eight_size(p) <= most_floats;
+}
+
+inline PackedEights pack_eights(Problem& p) {
+  // Of a codeword that never wins: finite, as a score with its code in the lowest bits would be NaN.
+  constexpr float never_wins = -3e38f;
+  PackedEights packed;
+  packed.codebooks.resize(p.layers);
+  const int64_t stride = eight_size(p);
+  int64_t parents = 1;
+  std::vector<double> paths(p.dim), above;  // by parent the sum of codewords that leads to it
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    AlignedVector<float>& codebooks = packed.codebooks[layer];
+    codebooks.resize(parents * stride);
+    above.swap(paths);
+    paths.resize(parents * p.codebook_size * p.dim);
+    for (int64_t row = 0; row < parents * p.codebook_size; ++row) {
+      const int64_t parent = row / p.codebook_size, code = row % p.codebook_size;
+      const float* codeword = static_cast<const float*>(p.rows[layer]) + row * p.dim;
+      float* entry = codebooks.data() + parent * stride + 2 * code;
+      const double square = squared_length(codeword, p.dim);
+      double bias = square / 2;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        const double path = above[parent * p.dim + d];
+        paths[row * p.dim + d] = path + codeword[d];
+        bias += path * codeword[d];
+      }
+      const bool finite = std::isfinite(square);
+      entry[0] = finite ? static_cast<float>(-bias) : never_wins;
+      for (int64_t d = 0; finite && d < p.dim; ++d) entry[16 * (1 + d / 2) + d % 2] = codeword[d];
+    }
+    for (int64_t missing = p.codebook_size; missing < 8; ++missing) {
+      for (int64_t parent = 0; parent < parents; ++parent) codebooks[parent * stride + 2 * missing] = never_wins;
+    }
+    p.eights.codebooks[layer] = codebooks.data();
+    parents *= p.codebook_size;
+  }
+  return packed;
+}
+
+// Sums of codewords, added up from the first layer on, of a tree whose leaves are few enough to stay in the cache and
+// to be met several times each.
+template <class W>
+AlignedVector<W> sum_leaves(Problem& p) {
+  constexpr int64_t bytes = 1 << 17, meetings = 8;
+  int64_t rows = 1;
+  for (int64_t layer = 0; layer < p.layers && rows <= p.vectors; ++layer) rows *= p.codebook_size;
+  AlignedVector<W> sums;
+  const bool few = rows * p.dim * static_cast<int64_t>(sizeof(W)) <= bytes && rows * meetings <= p.vectors;
+  if (!p.strict_tree || p.layers == 1 || !few) return sums;
+  sums.resize(rows * p.dim);
+  for (int64_t layer = 0, below = rows; layer < p.layers; ++layer) {
+    below /= p.codebook_size;  // leaves of a row
+    const W* codewords = static_cast<const W*>(p.rows[layer]);
+    for (int64_t leaf = 0; leaf < rows; ++leaf) {
+      const W* codeword = codewords + leaf / below * p.dim;
+      W* sum = sums.data() + leaf * p.dim;
+      for (int64_t d = 0; d < p.dim; ++d) sum[d] = layer == 0 ? codeword[d] : sum[d] + codeword[d];
+    }
+  }
+  p.leaf_sums = sums.data();
+  return sums;
 }
 
 }  // namespace vpfast

@@ -32,6 +32,16 @@ struct Lookups {
   const float* by_row[kMaxLayers];
 };
 
+// A small tree laid out for scanning codebooks whole, eight codewords in a register: by parent the biases
+// -((e^1 + ... + e^(i-1)) . e + |e|^2 / 2), each with a 0 beside it, then the components, two at a time:
+// [parents][1 + dim / 2][8][2].
+struct Eights {
+  const float* codebooks[kMaxLayers];
+};
+
+// As many roundings more are scores off that have their code in the lowest three bits.
+constexpr int64_t kMarkRoundings = 16;
+
 // Offsets and strides are in elements.
 struct Problem {
   int64_t vectors, dim, layers, codebook_size;
@@ -39,10 +49,13 @@ struct Problem {
   const void* z;
   int64_t z_row, z_column;        // strides of z
   const void* rows[kMaxLayers];   // of each layer the codewords (rows, dim) in the working type, dense
+  const void* leaf_sums;          // of a small tree e^1 + ... + e^n by row of the last layer, (rows, dim); or null
   int64_t first_row[kMaxLayers];  // where a layer's rows start in counts and sums
   Lengths lengths[kMaxLayers];    // of a layer's codewords
   Panels panels;
   Lookups lookups;
+  bool by_eights;  // all layers are scanned by eights, and neither panels nor lookups are laid out
+  Eights eights;
   int64_t* indices;  // (vectors, layers)
 };
 
