@@ -408,7 +408,7 @@ class Long:
         return [Recording("only", "train", src, partial(frames, self.count))]
 
 peaks = []
-for count in (20, 700):
+for count in (20, 200):
     out = Path(sys.argv[1]) / str(count)
     prepare(Long(count), Path(sys.argv[2]), out)
     assert check(out) == []
@@ -418,8 +418,8 @@ print(json.dumps(peaks))
 
 
 def test_memory_does_not_grow_with_a_recording(src, tmp_path):
-    """4 MB of frames, then 138 MB."""
+    """4 MB of frames, then 39 MB."""
     (src / "file").touch()
     command = [sys.executable, "-c", PEAK, tmp_path / "out", src / "file"]
-    peaks = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    peaks = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
     assert peaks[1] - peaks[0] < 16e6

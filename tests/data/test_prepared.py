@@ -237,7 +237,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 sizes, peaks = [], []
-for recordings, frames in ((8, 100), (64, 400)):
+for recordings, frames in ((8, 100), (64, 100)):
     root = Path(sys.argv[1]) / str(recordings)
     sizes.append(sparse_set(root, recordings, frames))
     clips = PreparedClips(root, length=5)
@@ -248,8 +248,10 @@ print(json.dumps([sizes, peaks]))
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path):
-    """Every clip of 10 MB, then of 315 MB, which may take no more than what the allocator keeps."""
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    """Every clip of 10 MB, then of 79 MB, which may take no more than what the allocator keeps."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True, timeout=300
+    )
     sizes, peaks = json.loads(done.stdout)
-    assert sizes[1] - sizes[0] > 300e6
+    assert sizes[1] - sizes[0] > 60e6
     assert peaks[1] - peaks[0] < 16e6
