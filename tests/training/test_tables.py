@@ -128,6 +128,13 @@ def test_a_method_on_several_parts_is_one_row_and_the_later_measurement_counts()
     ]
 
 
+def test_a_line_that_is_left_out_is_told():
+    said = page.markdown(TABLES["mspn-4"], [entry("human36m", 10)], "mspn")
+    assert "Not measured here: LPIPS ↓; LPIPS is with `--lpips true`." in said
+    said = page.markdown(TABLES["mspn-4"], [entry("human36m", 10, lpips_x100=10.0)], "mspn")
+    assert "ot measured here" not in said
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_page_reads_well(name):
     table = TABLES[name]

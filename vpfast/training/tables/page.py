@@ -118,10 +118,13 @@ def _legend(table: Table, measured: Sequence[MeasuredRow], protocol: str) -> lis
     whose = ", the paper's own" if own else ""
     missing = any(number is None for row in measured for number in row.numbers)
     lpips = "" if "lpips" not in _metrics(table) else "; LPIPS is with `--lpips true`"
+    there = {label for row in measured for label in row.labels[1:]}
+    left_out = [label for line in table.lines for label in line.labels if label not in there]
     blank = {text for row in table.rows for text in row.values} & {"-", "×"}
     lines = [
         f"**Bold**: measured here by vpfast, under the protocol `{protocol}`{whose}."
         + (f" `.`: not measured here{lpips}." if missing else "")
+        + (f" Not measured here: {', '.join(left_out)}{'' if missing else lpips}." if left_out else "")
         + (f" `{blank.pop()}`: not printed in the paper." if blank else "")
     ]
     if protocols - {None, protocol}:
