@@ -101,11 +101,11 @@ def read_ptxas(said: str) -> Iterator[tuple[str, int, int, int, int]]:
 
 
 def compile_triton(module: str, index: int, architecture: str) -> list[Row]:
-    from vpfast.kernels._ahead_of_time import compile_for
+    from vpfast.kernels._ahead_of_time import compile_for, resources_of
 
     compilation = list(importlib.import_module(module).ahead_of_time())[index]
     try:
-        found = compile_for(compilation, TARGETS[architecture])
+        found = resources_of(compile_for(compilation, TARGETS[architecture]))
     except Exception as error:
         raise CompilationError(f"{type(error).__name__}: {error}") from None
     file = f"{module.rpartition('.')[2]}.py"

@@ -24,7 +24,8 @@ class Compilation(NamedTuple):
 
     ``name`` tells it from the others of its file. ``signature`` gives each argument in order its Triton type: "*fp32",
     "*bf16", "i64", "fp32", "constexpr"; ``constexprs`` the values of those that are constants; ``divisible`` the names
-    of pointers and numbers that a launch may take to be divisible by 16.
+    of pointers and numbers that a launch may take to be divisible by 16; ``fused`` whether a product may be rounded
+    together with the sum that it goes into.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Compilation(NamedTuple):
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()
+    fused: bool = True
 
 
 class Resources(NamedTuple):
@@ -47,8 +49,8 @@ class Resources(NamedTuple):
     shared: int
 
 
-def compile_for(compilation: Compilation, capability: int) -> Resources:
-    """Compile for compute capability ``capability`` (80, 90, 100); no GPU is needed.
+def compile_for(compilation: Compilation, capability: int) -> Any:
+    """Triton's compiled kernel for compute capability ``capability`` (80, 90, 100); no GPU is needed.
 
     Raises:
         TypeError: Triton's interpreter is on.
@@ -59,8 +61,16 @@ def compile_for(compilation: Compilation, capability: int) -> Resources:
         raise TypeError(f"{compilation.name}: nothing compiles under Triton's interpreter; unset TRITON_INTERPRET")
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in compilation.divisible}
     source = ASTSource(kernel, compilation.signature, compilation.constexprs, attributes)
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    options = {
+        "num_warps": compilation.num_warps,
+        "num_stages": compilation.num_stages,
+        "enable_fp_fusion": compilation.fused,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources_of(compiled: Any) -> Resources:
+    """What a kernel of ``compile_for`` takes."""
     registers, spilled = _registers_and_local_memory(compiled.asm["cubin"])
     return Resources(registers, spilled, compiled.metadata.shared)
 

@@ -128,17 +128,18 @@ def _launch(
     *arguments: Any,
     num_warps: int = 4,
     num_stages: int = 3,
+    fused: int = True,
     **constants: int | bool | str,
 ) -> None:
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     if isinstance(arguments[0], Tensor) and arguments[0].is_meta:
-        _would_launch.append(_compilation(kernel, arguments, constants, options))
+        compilation = _compilation(kernel, arguments, constants, num_warps, num_stages)
+        _would_launch.append(compilation._replace(fused=bool(fused)))
     else:
-        kernel[grid](*arguments, **constants, **options)
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=bool(fused))
 
 
 def _compilation(
-    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, int | bool | str], options: dict[str, int]
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, int | bool | str], num_warps: int, num_stages: int
 ) -> Compilation:
     """As Triton makes it of a launch: a number that is 1 is a constant, but for some."""
     signature: dict[str, str] = {}
@@ -154,7 +155,7 @@ def _compilation(
         if isinstance(argument, Tensor) or (name not in UNSPECIALIZED and argument % 16 == 0):
             divisible.append(name)
     ordered = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    return Compilation("", kernel, ordered, fixed, **options, divisible=tuple(divisible))
+    return Compilation("", kernel, ordered, fixed, num_warps, num_stages, tuple(divisible))
 
 
 def _is_dense(vectors: Tensor) -> bool:
@@ -288,21 +289,25 @@ _DECIDING = 1024
 
 
 def _decide(z: Tensor, books: _Books, quantized: Tensor, indices: Tensor, unsure: Tensor | None) -> None:
-    """Of the vectors that are listed, or of all. Listed ones are few: where codebooks are large, one at a time with
-    many codewords, so that no program lasts long."""
-    one = unsure is not None and not _few_codewords(books)
-    sizes = _tile(books, 4096, 1 if one else 16)
+    """Of the vectors that are listed, or of all. Listed ones are few: as many codewords at a time as registers allow,
+    so that no program lasts long. All share what a program reads of large codebooks."""
+    BD = _pow2(books.D)
+    codes = min(_pow2(books.M), 64 if unsure is None else 1024 if BD <= 256 else 512)
+    vectors = max(1, min(16, 512 // max(codes, BD)))
     _launch(
         decide,
-        (min(_DECIDING, _cdiv(len(z), sizes["VECTORS"])),),
+        (min(_DECIDING, _cdiv(len(z), vectors)),),
         *(z, *z.stride(), books.table, quantized, indices, indices if unsure is None else unsure),
         *(len(z), books.layers),
         **books.constants,
-        **sizes,
         DENSE=_is_dense(z),
         STRICT=books.strict_tree,
         ALL=unsure is None,
-        num_warps=8 if one else _warps(*sizes.values()),
+        VECTORS=vectors,
+        CODES=codes,
+        BD=BD,
+        num_warps=8 if codes > 64 and BD <= 256 else _warps(vectors, BD),
+        fused=False,
     )
 
 

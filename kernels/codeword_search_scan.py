@@ -242,7 +242,7 @@ def scan_by_tile(
     program = tl.program_id(0).to(tl.int64)
     residuals = scratch + program * 2 * VECTORS * D + v[:, None] * D
     totals = residuals + VECTORS * D
-    for start in range(program * VECTORS, N, tl.num_programs(0) * VECTORS):
+    for start in range(program * VECTORS, N, tl.num_programs(0).to(tl.int64) * VECTORS):
         vector = start + v
         inside = vector < N
         squares = tl.zeros([VECTORS], tl.float32)
@@ -264,7 +264,7 @@ def scan_by_tile(
             best = tl.full([VECTORS], float("-inf"), tl.float32)
             second = tl.full([VECTORS], float("-inf"), tl.float32)
             code = tl.zeros([VECTORS], tl.int32)
-            row = tl.zeros([], tl.int64) + layer * M
+            row = (tl.zeros([], tl.int64) + layer) * M
             book = table + row * D
             for first in range(0, M, CODES):
                 k = first + lane
@@ -335,11 +335,16 @@ def decide(
     CODES: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:
-    """Codes and sums by distances in float64, of the vectors on the list, or of ALL. BD holds all of D."""
+    """Codes and sums by distances in float64, of the vectors on the list, or of ALL. BD holds all of D.
+
+    Distances are those of csrc's `decide` bit for bit: summed term by term, each product and sum rounded. So this is to
+    be compiled with nothing fused. A tree of sums, or a fused product, would part distances that are equal there.
+    """
     OWN: tl.constexpr = VECTORS if STRICT else 1
     d = tl.arange(0, BD)
     count = N if ALL else tl.load(unsure)
-    for start in range(tl.program_id(0).to(tl.int64) * VECTORS, count, tl.num_programs(0) * VECTORS):
+    programs = tl.num_programs(0).to(tl.int64)
+    for start in range(tl.program_id(0).to(tl.int64) * VECTORS, count, programs * VECTORS):
         vector = start + tl.arange(0, VECTORS)
         inside = vector < count
         if not ALL:
@@ -356,12 +361,14 @@ def decide(
             code = tl.zeros([VECTORS], tl.int32)
             for first in range(0, M, CODES):
                 k = first + tl.arange(0, CODES)
-                row = book[:, None] * M + k[None, :]
-                there = (k < M)[None, :, None] & (d < D)[None, None, :]
-                e = tl.load(table + row[:, :, None] * D + d[None, None, :], mask=there, other=0).to(tl.float64)
-                off = residual[:, None, :] - e
-                distance = tl.sum(off * off, 2)
-                won = (k < M)[None, :] & (distance < float("inf"))  # NaN and infinity never win
+                there = (k < M)[None, :]
+                codewords = table + (book[:, None] * M + k[None, :]) * D
+                distance = tl.zeros([VECTORS, CODES], tl.float64)
+                for component in range(0, D):
+                    own = tl.sum(tl.where(d[None, :] == component, residual, 0), 1)  # of one number and zeros: exact
+                    off = own[:, None] - tl.load(codewords + component, mask=there, other=0).to(tl.float64)
+                    distance += off * off
+                won = there & (distance < float("inf"))  # NaN and infinity never win
                 near, place = tl.min(tl.where(won, distance, float("inf")), 1, return_indices=True)
                 code = tl.where(near < least, first + place, code)  # of equals the first
                 least = tl.minimum(least, near)

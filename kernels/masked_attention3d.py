@@ -227,8 +227,7 @@ def _modes(dtype: torch.dtype, length: int, chunks: int) -> tuple[int, ...]:
 
 
 def _options(tiles: Tiles, mode: int, modes: tuple[int, ...]) -> dict[str, object]:
-    """What a mode is compiled for. The careful one takes off a row's largest score exactly: no product and difference
-    of its may be fused."""
+    """What a mode is compiled for."""
     return {
         "SURVEYED": len(modes) > 1,
         "MODE": mode,
@@ -236,8 +235,13 @@ def _options(tiles: Tiles, mode: int, modes: tuple[int, ...]) -> dict[str, objec
         "MOVING": tiles.moving,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
-        "enable_fp_fusion": mode != CAREFUL,
+        "enable_fp_fusion": _is_fused(mode),
     }
+
+
+def _is_fused(mode: int) -> bool:
+    """The careful mode takes off a row's largest score exactly: no product and difference of its may be fused."""
+    return mode != CAREFUL
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -433,7 +437,8 @@ def _walking(
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     where = "" if window == _OPEN else " in a window"
     name = f"d {dim} {mask}{where}, {_NAMES[mode]}, {tiles.fixed} x {tiles.moving}"
-    return _compilation(kernel, name, dtype, constants, tiles.warps, tiles.stages)
+    compilation = _compilation(kernel, name, dtype, constants, tiles.warps, tiles.stages)
+    return compilation._replace(fused=_is_fused(mode))
 
 
 _NAMES = ("tame", "plain", "careful")

@@ -72,6 +72,36 @@ def assert_codes_of_a_float64_search(indices, z, codebooks, strict_tree):
         assert chosen - best < 1e-6 * best, f"vector {apart[v]}, layer {i + 1}: {chosen:.9g} is not {best:.9g}"
 
 
+def tied_but_for_rounding(vectors, dim, size, strict_tree, dtype=torch.float32):
+    """Vectors that all codewords of layer 2 are equally far from, but for the order in which squares are added up and
+    rounded: the codewords hold the same numbers in different orders, and a residual one number `dim` times."""
+    generator = torch.Generator().manual_seed(dim)
+    steps = torch.arange(size)[:, None] * 8.0
+    z = steps[torch.randint(size, (vectors,), generator=generator)] + torch.rand(vectors, 1, generator=generator)
+    numbers = torch.randn(dim, generator=generator)
+    orders = [torch.randperm(dim, generator=generator) for _ in range(size**2 if strict_tree else size)]
+    codebooks = [steps.expand(size, dim), numbers[torch.stack(orders)]]
+    return z.expand(vectors, dim).to(dtype), [codebook.to(dtype) for codebook in codebooks]
+
+
+def codes_term_by_term(z, codebooks, strict_tree):
+    """The codes (N, n) of a search in float64 that adds up one component after another, rounding every product and sum;
+    of equal distances the first."""
+    z, codebooks = exact(z, codebooks)
+    M, codes, residual, parent = len(codebooks[0]), [], z, torch.zeros(len(z), dtype=torch.int64)
+    for codebook in codebooks:
+        choice = codebook.unflatten(0, (-1, M))[parent if strict_tree else torch.zeros_like(parent)]
+        distance = torch.zeros(len(z), M, dtype=torch.float64)
+        for d in range(z.shape[1]):
+            square = (residual[:, None, d] - choice[:, :, d]).square()
+            distance = distance + square
+        code = distance.argmin(1)
+        codes.append(code)
+        residual = residual - choice[torch.arange(len(z)), code]
+        parent = parent * M + code
+    return torch.stack(codes, 1)
+
+
 def relative_error(found, truth):
     """Of lists of tensors, taken together: a few numbers alone are too few to compare two errors by."""
     off = sum((f.double() - t).square().sum() for f, t in zip(found, truth, strict=True))

@@ -15,11 +15,13 @@ from codebooks import (
     DTYPES,
     assert_codes_of_a_float64_search,
     assert_error_at_most_twice,
+    codes_term_by_term,
     exact,
     inputs,
     native,
     rows,
     strided_cases,
+    tied_but_for_rounding,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -417,6 +419,15 @@ def test_a_vector_does_not_depend_on_its_place(isa, case):
 @pytest.mark.parametrize("case", [*CASES, (500, 64, 1000, 1, False)], ids=str)
 def test_every_isa_agrees_to_the_bit(case):
     assert_every_isa_agrees(*inputs(*case), case[-1])
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dim", "size", "strict_tree"), [(2, 2, True), (8, 8, True), (13, 4, True), (40, 70, False)])
+def test_ties_but_for_rounding_are_decided_term_by_term(isa, dim, size, strict_tree, dtype):
+    """As they are by CUDA and Triton: which is the least tells in what order squares were added, and how rounded."""
+    z, codebooks = tied_but_for_rounding(60, dim, size, strict_tree, dtype)
+    assert torch.equal(codeword_search(z, codebooks, strict_tree)[1], codes_term_by_term(z, codebooks, strict_tree))
 
 
 @native

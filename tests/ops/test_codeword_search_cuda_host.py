@@ -18,9 +18,11 @@ from codebooks import (
     DTYPES,
     assert_codes_of_a_float64_search,
     assert_error_at_most_twice,
+    codes_term_by_term,
     exact,
     inputs,
     strided_cases,
+    tied_but_for_rounding,
 )
 
 from vpfast.ops.codeword_search import reference
@@ -117,6 +119,16 @@ def test_ties_take_the_lowest_index(gpu, size, strict_tree, shared_memory):
     ]
     wanted = reference.codeword_search(*exact(z, codebooks), strict_tree)[1]
     assert torch.equal(gpu.codeword_search(z, codebooks, strict_tree)[1], wanted)
+
+
+@pytest.mark.parametrize("shared_memory", [227, 4])
+@pytest.mark.parametrize(("dim", "size", "strict_tree"), [(2, 2, True), (8, 8, True), (13, 4, True), (40, 70, False)])
+def test_ties_but_for_rounding_are_decided_as_on_the_cpu(gpu, dim, size, strict_tree, shared_memory):
+    gpu.play(shared_memory * KIB)
+    for dtype in (torch.float32, torch.float64):
+        z, codebooks = tied_but_for_rounding(60, dim, size, strict_tree, dtype)
+        wanted = codes_term_by_term(z, codebooks, strict_tree)
+        assert torch.equal(gpu.codeword_search(z, codebooks, strict_tree)[1], wanted)
 
 
 @pytest.mark.parametrize("shared_memory", [227, 4])

@@ -14,10 +14,12 @@ from codebooks import (
     DTYPES,
     assert_codes_of_a_float64_search,
     assert_error_at_most_twice,
+    codes_term_by_term,
     exact,
     inputs,
     rows,
     strided_cases,
+    tied_but_for_rounding,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,6 +144,16 @@ def test_near_ties(place, dim, size):
     assert close.sum() > 20
     _, wanted = reference.codeword_search(*exact(z, [codebook]))
     assert torch.equal(search(place, z[close], [codebook])[1], wanted[close])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dim", "size", "strict_tree"), [(2, 2, True), (8, 8, True), (13, 4, True), (40, 70, False)])
+def test_ties_but_for_rounding_are_decided_as_on_the_cpu(place, dim, size, strict_tree, dtype):
+    """Which of these distances is the least tells in what order squares were added, and whether any was fused."""
+    z, codebooks = tied_but_for_rounding(60, dim, size, strict_tree, dtype)
+    wanted = codes_term_by_term(z, codebooks, strict_tree)
+    assert dim == 2 or len(wanted[:, 1].unique()) > 2  # else any order would do
+    assert torch.equal(search(place, z, codebooks, strict_tree)[1], wanted)
 
 
 def test_a_whole_batch_that_no_scan_is_sure_of(place):
