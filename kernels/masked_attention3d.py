@@ -118,7 +118,7 @@ def _backward_tiles(dtype: torch.dtype, padded: int, mode: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if mode == CAREFUL else Tiles(32, 16, 4, 2)
     if mode == CAREFUL:
-        return Tiles(32, 16, 4, 1)
+        return Tiles(32, 16, 8 if padded == 128 else 4, 1)
     if padded == 128:
         return Tiles(64, 32, 8, 2)
     return Tiles(64, 64, 4, 3) if padded <= 32 else Tiles(64, 32, 4, 2)
