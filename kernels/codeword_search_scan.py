@@ -242,8 +242,8 @@ def scan_by_tile(
     program = tl.program_id(0).to(tl.int64)
     residuals = scratch + program * 2 * VECTORS * D + v[:, None] * D
     totals = residuals + VECTORS * D
-    for start in range(program * VECTORS, N, tl.num_programs(0).to(tl.int64) * VECTORS):
-        vector = start + v
+    for block in range(tl.program_id(0), tl.cdiv(N, VECTORS), tl.num_programs(0)):
+        vector = tl.cast(block, tl.int64) * VECTORS + v
         inside = vector < N
         squares = tl.zeros([VECTORS], tl.float32)
         bad = tl.zeros([VECTORS], tl.int32)
