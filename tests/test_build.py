@@ -234,7 +234,7 @@ def test_sdist_and_wheel(tree):
         assert wanted in names
     package = [name for name in names if ".dist-info/" not in name]
     assert all(name.startswith("vpfast/") for name in package)
-    assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".json", ".typed"}
+    assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".css", ".js", ".json", ".typed"}
     assert not [name for name in package if "test" in name]
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     listing = subprocess.run(["tar", "tzf", sdist], capture_output=True, text=True, check=True).stdout
