@@ -99,7 +99,7 @@ VPFAST_INLINE Best scan_sixteen(const Problem& p, int64_t layer, __m512i parent,
   const float* table = p.lookups.by_parent[layer];
   if (size == 2) return scan_two<registers>(table, stride, p.dim, parent, bits, residual);
   int64_t code = 0;
-  auto best_of = [&](auto codes) __attribute__((always_inline)) {
+  auto best_of = [&](auto codes) VPFAST_INLINE_LAMBDA {
     constexpr int count = decltype(codes)::value;
     const Best found = scan_codes<registers, count>(table, stride, p.dim, code, parent, bits, residual);
     code += count;

@@ -296,7 +296,7 @@ VPFAST_INLINE Seen look(const Mask& mask, const Sight& sight, int64_t t, int64_t
   Seen seen;
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
-    const auto of = [&](const int32_t* p) __attribute__((always_inline)) { return Integers<F32>::load(p + half * 16); };
+    const auto of = [&](const int32_t* p) VPFAST_INLINE_LAMBDA { return Integers<F32>::load(p + half * 16); };
     const IntLanes ahead = of(sight.t) - line_t, aside = of(sight.y) - line_y;
     const IntLanes shown = (ahead > 0 ? of(sight.earlier) : of(sight.own)) - before;
     const IntLanes near = (ahead >= 0) & (ahead <= radius_t) & (aside <= radius_y) & (-aside <= radius_y);
@@ -326,7 +326,7 @@ struct Bits {
 // Of the block that starts `offset` after the line does.
 VPFAST_INLINE Bits bits_of(const Seen& seen, int64_t offset) {
   const __m512i all = _mm512_set1_epi32(-1), start = _mm512_set1_epi32(static_cast<int32_t>(offset));
-  const auto from = [&](IntLanes key) __attribute__((always_inline)) {  // shifts of 32 and more leave nothing
+  const auto from = [&](IntLanes key) VPFAST_INLINE_LAMBDA {  // shifts of 32 and more leave nothing
     const __m512i inside = _mm512_max_epi32(_mm512_sub_epi32((__m512i)key, start), _mm512_setzero_si512());
     return _mm512_sllv_epi32(all, inside);
   };

@@ -127,7 +127,7 @@ struct BackwardTiles {
   template <bool masked>
   VPFAST_INLINE void advance_rows(const Step* next) {
     const Step& now = before(1);
-    const auto weigh = [&](int64_t i) __attribute__((always_inline)) { weigh_rows<masked>(now, i); };
+    const auto weigh = [&](int64_t i) VPFAST_INLINE_LAMBDA { weigh_rows<masked>(now, i); };
     Strewn<decltype(weigh)> weighed(weigh, kBlock / 2, 3 * chunks * kPauses<pieces>);
     zero_tiles();
     multiply_components(now.queries + TileBackward::kGradRows * face, now.keys + TileBackward::kValueLanes * face,
@@ -136,7 +136,7 @@ struct BackwardTiles {
     if (taken > 1) finish_scores(before(2), weighed);
     weighed.rest();
 
-    const auto differentiate = [&](int64_t i) __attribute__((always_inline)) { differentiate_rows(now, i); };
+    const auto differentiate = [&](int64_t i) VPFAST_INLINE_LAMBDA { differentiate_rows(now, i); };
     Strewn<decltype(differentiate)> differentiated(differentiate, kBlock / 2, 2 * chunks * kPauses<pieces>);
     finish_weights(now, differentiated);
     if (next) score(*next, differentiated);

@@ -105,7 +105,7 @@ struct ForwardTiles {
 
   template <bool masked>
   VPFAST_INLINE void advance_rows(const Step* score, const Step* weigh, const Step* apply) {
-    const auto row = [&](int64_t i) __attribute__((always_inline)) { weigh_row<masked>(*weigh, i); };
+    const auto row = [&](int64_t i) VPFAST_INLINE_LAMBDA { weigh_row<masked>(*weigh, i); };
     Strewn<decltype(row)> rows(row, weigh ? kBlock : 0, 2 * chunks * kPauses<pieces>);
     if (apply) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {

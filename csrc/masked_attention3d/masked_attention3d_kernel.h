@@ -122,7 +122,7 @@ template <Zero zero, int C, class W>
 VPFAST_INLINE void accumulate(W* c, int64_t c_row, int64_t rows, const W* a, int64_t a_row, int64_t a_step, const W* b,
                               int64_t b_row, int64_t steps) {
   using V = VectorOf<W>;
-  by_rows<W>(rows, [&](auto height, int64_t row) __attribute__((always_inline)) {
+  by_rows<W>(rows, [&](auto height, int64_t row) VPFAST_INLINE_LAMBDA {
     constexpr int R = decltype(height)::value;
     Tile<V, R, C> tile;
 #pragma GCC unroll 8
@@ -226,7 +226,7 @@ struct ForwardTile {
   VPFAST_INLINE void take(const W* k, const W* v, int64_t key, int64_t keys) {
     V scale[C];
     weigh<masked>(k, key, keys, scale);
-    by_rows<W>(p.dim, [&](auto height, int64_t row) __attribute__((always_inline)) {
+    by_rows<W>(p.dim, [&](auto height, int64_t row) VPFAST_INLINE_LAMBDA {
       constexpr int R = decltype(height)::value;
       Tile<V, R, C> tile;
 #pragma GCC unroll 8
@@ -250,7 +250,7 @@ struct ForwardTile {
     V highest[C];
 #pragma GCC unroll 6
     for (int c = 0; c < C; ++c) highest[c] = load(high + c * lanes);
-    by_rows<W>(keys, [&](auto height, int64_t row) __attribute__((always_inline)) {
+    by_rows<W>(keys, [&](auto height, int64_t row) VPFAST_INLINE_LAMBDA {
       constexpr int R = decltype(height)::value;
       Tile<V, R, C> tile = zero_tile<V, R, C>();
       multiply_add<Zero::neither>(tile, k + row * p.dim, p.dim, 1, queries, width, p.dim);
@@ -388,7 +388,7 @@ struct BackwardBlock {
   template <bool masked>
   VPFAST_INLINE void take(const W* q, const W* grad_out, const W* lse, const W* delta, int64_t queries, int64_t key) {
     const V zero = V::broadcast(0);
-    by_rows<W>(queries, [&](auto height, int64_t row) __attribute__((always_inline)) {
+    by_rows<W>(queries, [&](auto height, int64_t row) VPFAST_INLINE_LAMBDA {
       constexpr int R = decltype(height)::value;
       Tile<V, R, C> tile = zero_tile<V, R, C>();
       multiply_add<Zero::neither>(tile, q + row * p.dim, p.dim, 1, k_columns, width, p.dim);
@@ -406,7 +406,7 @@ struct BackwardBlock {
         }
       }
     });
-    by_rows<W>(queries, [&](auto height, int64_t row) __attribute__((always_inline)) {
+    by_rows<W>(queries, [&](auto height, int64_t row) VPFAST_INLINE_LAMBDA {
       constexpr int R = decltype(height)::value;
       Tile<V, R, C> tile = zero_tile<V, R, C>();
       multiply_add<Zero::neither>(tile, grad_out + row * p.dim, p.dim, 1, v_columns, width, p.dim);
