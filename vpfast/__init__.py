@@ -1,8 +1,33 @@
-"""vpfast: fast video prediction in PyTorch. Operators in ``ops``, drop-in modules in ``nn``, networks in ``models``."""
+"""vpfast: fast video prediction in PyTorch. Operators in ``ops``, drop-in modules in ``nn``, networks in ``models``.
 
-from vpfast import models, nn, ops
+Importing ``vpfast`` or ``vpfast.ops`` registers the operators and loads nothing more: that is all that a program
+exported from a model needs. Everything else is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vpfast import ops
 from vpfast._version import __version__
 from vpfast.ops import backend, current_backend
-from vpfast.stream import Stream
 
-__all__ = ["Stream", "__version__", "backend", "current_backend", "models", "nn", "ops"]
+if TYPE_CHECKING:
+    from vpfast import models, nn
+    from vpfast._optimize import optimize
+    from vpfast.stream import Stream
+
+__all__ = ["Stream", "__version__", "backend", "current_backend", "models", "nn", "ops", "optimize"]
+
+_FROM = {"Stream": "vpfast.stream", "optimize": "vpfast._optimize"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("models", "nn"):
+        return import_module(f"vpfast.{name}")
+    if name in _FROM:
+        return getattr(import_module(_FROM[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
