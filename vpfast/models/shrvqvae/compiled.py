@@ -2,7 +2,7 @@
 
 It serves float32 and float64 networks on the CPU with ``conditioning="raster"``, whose codes come one position after
 another; ``vpfast.backend("reference")`` keeps to torch. The codes are the same, but where two logits are within
-rounding of each other. The kernel is csrc/sample_codes.
+rounding of each other. The operators are in vpfast/ops/_sample_codes.py, the kernel in csrc/sample_codes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ from vpfast.models.shrvqvae.random import Choice
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.ops import Mask3d
 from vpfast.ops._backend import current_backend, native_devices
-from vpfast.ops._library import LIBRARY
-
-LIBRARY.define(
-    "sample_codes(Tensor(a!) codes, Tensor(b!)[] network, Tensor[] tables, Tensor keys, int[] grid, str[] masks,"
-    " int[] windows, int[] sizes, float temperature, int top_k, int threads) -> bool"
-)
 
 _KEY_BLOCK = 16
 """Keys lie in blocks of so many, component by component."""
