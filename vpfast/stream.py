@@ -1,6 +1,8 @@
 """Frame-by-frame use of a model: what a camera loop calls."""
 
-from typing import Generic, Protocol, TypeVar
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +13,15 @@ S = TypeVar("S")
 
 
 class FramePredictor(Protocol[S]):
-    """What a model offers to be streamed; its state is never changed in place."""
+    """What a model offers to be streamed; its state is never changed in place.
 
-    def init_state(self, batch_size: int, height: int, width: int) -> S: ...
+    ``init_state`` also takes ``context`` where the model remembers frames one by one, and has to forget some. A model
+    that makes several frames faster together than step by step has a method ``rollout`` too: (state, count) -> (B,
+    count, C, H, W).
+    """
+
+    @property
+    def init_state(self) -> Callable[..., S]: ...
 
     def step(self, frame: Tensor | None, state: S) -> tuple[Tensor, S]: ...
 
@@ -21,7 +29,7 @@ class FramePredictor(Protocol[S]):
 
 
 class Stream(Generic[S]):
-    """Keeps a model's state between frames, without gradients.
+    """Keeps a model's state between frames, without gradients. Neither its memory nor its time grows with the frames.
 
     >>> stream = Stream(model.eval())
     >>> for frame in camera:
@@ -29,12 +37,28 @@ class Stream(Generic[S]):
     >>> second_ahead = stream.rollout(25)
 
     A frame is (C, H, W), or (B, C, H, W) for several videos side by side; what comes back has the same dimensions.
-    Each frame costs one evaluation of an MSPN; an S-HR-VQVAE looks again at the codes of all frames so far, and samples
-    those of the next.
+
+    An MSPN is recurrent: its state has one size and a frame costs one evaluation. What ``push`` returns is
+    ``model.predict(frames, 1)`` and ``rollout(k)`` is ``model.predict(frames, k)`` for all frames so far.
+
+    An S-HR-VQVAE keeps the codes of the last ``context`` frames, looks at all of them again for each frame, and samples
+    the codes of the next. With ``recent`` the last ``context`` frames, or all of them while they are fewer, ``push``
+    returns ``model.predict(recent, 1)`` and ``rollout(k)`` is ``model.predict(recent, k)``.
+
+    Args:
+        model: an MSPN or S-HR-VQVAE, what ``vpfast.optimize`` makes of one, or another with their ``init_state``,
+            ``step`` and ``peek``.
+        context: how many frames an S-HR-VQVAE remembers, at least 1; by default 10, which is what the papers train
+            with. More than a model was trained with asks it for what it never saw. An MSPN takes none.
+
+    Raises:
+        TypeError: a context that is no integer.
+        ValueError: a context below 1, or one for a model that has no use for it.
     """
 
-    def __init__(self, model: FramePredictor[S]) -> None:
+    def __init__(self, model: FramePredictor[S], context: int | None = None) -> None:
         self.model = model
+        self._options = {} if context is None else {"context": _checked(model, context)}
         self.reset()
 
     def reset(self) -> None:
@@ -53,12 +77,13 @@ class Stream(Generic[S]):
         if not isinstance(frame, Tensor):
             raise TypeError(f"a frame must be a tensor, got {type(frame).__name__}")
         single = frame.dim() == 3
+        frame = frame.detach()  # a state may keep it, and with it whatever it was computed from
         batch = frame.unsqueeze(0) if single else frame
         state = self._state
         if state is None:
             if batch.dim() != 4:
                 raise ValueError(f"a frame is (C, H, W) or (B, C, H, W), got {tuple(frame.shape)}")
-            state = self.model.init_state(batch.shape[0], batch.shape[2], batch.shape[3])
+            state = self.model.init_state(batch.shape[0], batch.shape[2], batch.shape[3], **self._options)
         elif single != self._single:
             raise ValueError(f"the frames before had {3 if self._single else 4} dimensions, got {tuple(frame.shape)}")
         _, state = self.model.step(batch, state)
@@ -77,9 +102,29 @@ class Stream(Generic[S]):
         """
         if self._state is None:
             raise ValueError("nothing to continue: push at least one frame before rollout")
-        count = check_count("count", count, lowest=1)
-        state, frames = self._state, []
+        frames = self._rollout(self._state, check_count("count", count, lowest=1))
+        return frames[0] if self._single else frames
+
+    def _rollout(self, state: S, count: int) -> Tensor:
+        """(B, count, C, H, W)"""
+        if (together := getattr(self.model, "rollout", None)) is not None:
+            made: Tensor = together(state, count)
+            return made
+        frames = []
         for _ in range(count):
             prediction, state = self.model.step(None, state)
             frames.append(prediction)
-        return torch.stack(frames, dim=1)[0] if self._single else torch.stack(frames, dim=1)
+        return torch.stack(frames, dim=1)
+
+
+def _checked(model: FramePredictor[Any], context: int) -> int:
+    """``context`` as an int that ``init_state`` takes."""
+    context = check_count("context", context, lowest=1)
+    try:
+        inspect.signature(model.init_state).bind(1, 1, 1, context=context)
+    except TypeError:
+        raise ValueError(
+            f"context: {context} given, must be left out: {type(model).__name__} keeps a state of one size, in which "
+            "all frames have their part"
+        ) from None
+    return context

@@ -18,6 +18,9 @@ from vpfast.models.shrvqvae.sampler import sample
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.models.storage import storable
 
+CONTEXT = 10
+"""How many frames a state remembers unless told otherwise: the context that the paper trains with."""
+
 
 class SHRVQVAEOutput(NamedTuple):
     """What clips give in training.
@@ -38,13 +41,15 @@ class SHRVQVAEOutput(NamedTuple):
 class SHRVQVAEState(NamedTuple):
     """What the model keeps of a video between frames.
 
-    ``codes``: int64 (B, t, h, w, n), of all frames so far. ``size``: (H, W) of the frames. ``ahead``: the next frame
-    (B, C, H, W) and its codes (B, 1, h, w, n), where they were looked at already.
+    ``codes``: int64 (B, t, h, w, n), of the frames so far, of no more than the last ``context`` once one was looked at.
+    ``size``: (H, W) of the frames. ``ahead``: the next frame (B, C, H, W) and its codes (B, 1, h, w, n), where they
+    were looked at already.
     """
 
     codes: Tensor
     size: tuple[int, int]
     ahead: tuple[Tensor, Tensor] | None
+    context: int = CONTEXT
 
 
 @storable("shrvqvae", SHRVQVAEConfig)
@@ -157,26 +162,32 @@ class SHRVQVAE(nn.Module):
         )
         return self._decode(codes, frames.shape[-2:])
 
-    def init_state(self, batch_size: int, height: int, width: int) -> SHRVQVAEState:
+    def init_state(self, batch_size: int, height: int, width: int, context: int = CONTEXT) -> SHRVQVAEState:
         """The state before the first frame.
 
+        Args:
+            batch_size, height, width: of the frames to come.
+            context: how many of them to remember, at least 1. Time and memory of a step are those of so many frames.
+
         Raises:
-            TypeError: a batch size, height or width that is no integer.
-            ValueError: a negative batch size, or a height or width that does not divide.
+            TypeError: a batch size, height, width or context that is no integer.
+            ValueError: a negative batch size, a height or width that does not divide, or a context below 1.
         """
         batch_size = check_count("batch_size", batch_size)
+        context = check_count("context", context, lowest=1)
         size, multiple = (check_count("height", height), check_count("width", width)), self.config.multiple
         check_size(*size, multiple)
         shape = (batch_size, 0, size[0] // multiple, size[1] // multiple, self.config.layers)
         weight = self.autoencoder._weight
-        return SHRVQVAEState(torch.zeros(shape, dtype=torch.int64, device=weight.device), size, None)
+        return SHRVQVAEState(torch.zeros(shape, dtype=torch.int64, device=weight.device), size, None, context)
 
     @torch.no_grad()
     def step(self, frame: Tensor | None, state: SHRVQVAEState) -> tuple[Tensor, SHRVQVAEState]:
         """Predict the next frame, then look at it: ``frame`` (B, C, H, W) -> ``prediction, state``.
 
         The prediction (B, C, H, W), of the likeliest codes, is made before ``frame`` is looked at; with None it takes
-        the frame's place. T frames and then k times None give what ``predict`` gives. Errors as in ``forward``.
+        the frame's place. T frames and then k times None give what ``predict`` gives for the last ``context`` of the T.
+        Older frames are forgotten when a frame is looked at; None forgets nothing. Errors as in ``forward``.
         """
         if frame is not None:
             check_frames(frame, "B, C, H, W", self.config.in_channels, self.config.multiple, self.autoencoder._weight)
@@ -184,9 +195,11 @@ class SHRVQVAE(nn.Module):
             if tuple(frame.shape) != expected:
                 raise ValueError(f"the state was made for frames of shape {expected}, got {tuple(frame.shape)}")
         prediction, codes = state.ahead or self._look_ahead(state)
+        kept = state.codes
         if frame is not None:
             codes = self._encode(frame.unsqueeze(1))
-        return prediction, SHRVQVAEState(torch.cat((state.codes, codes), dim=1), state.size, None)
+            kept = kept[:, max(0, kept.shape[1] + 1 - state.context) :]
+        return prediction, state._replace(codes=torch.cat((kept, codes), dim=1), ahead=None)
 
     @torch.no_grad()
     def peek(self, state: SHRVQVAEState) -> tuple[Tensor, SHRVQVAEState]:
@@ -197,6 +210,17 @@ class SHRVQVAE(nn.Module):
         """
         ahead = state.ahead or self._look_ahead(state)
         return ahead[0], state._replace(ahead=ahead)
+
+    @torch.no_grad()
+    def rollout(self, state: SHRVQVAEState, count: int) -> Tensor:
+        """What ``count`` times ``step`` with None would predict, (B, count, C, H, W), without moving on.
+
+        The codes known are looked at once in place of ``count`` times.
+
+        Raises:
+            TypeError, ValueError: ``count`` is no integer, or negative.
+        """
+        return self._decode(sample(self.prior, state.codes, check_count("count", count)), state.size)
 
     def _look_ahead(self, state: SHRVQVAEState) -> tuple[Tensor, Tensor]:
         codes = sample(self.prior, state.codes, 1)
