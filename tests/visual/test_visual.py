@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vpfast.data import read_video
-from vpfast.visual import side_by_side, write_gif, write_mp4, write_strip
+from vpfast.visual import beside, growing_mp4, side_by_side, write_gif, write_mp4, write_strip
 from vpfast.visual.strip import _columns
 
 
@@ -292,3 +292,44 @@ def test_real_clip(shared, tmp_path):
     assert (read_video(tmp_path / "a.mp4").int() - film.int()).abs().float().mean() < 4
     write_strip(tmp_path / "a.png", {"truth": clip, "prediction": clip[10:]}, context=10)
     assert image(tmp_path / "a.png").shape[1] > 1000
+
+
+def test_a_film_grows_frame_by_frame(tmp_path):
+    clip = moving(frames=9)
+    with growing_mp4(tmp_path / "a.mp4", fps=7) as write:
+        write(clip[:1])
+        write(clip[1:4])
+        assert not (tmp_path / "a.mp4").exists()
+        write(clip[4:])
+    write_mp4(tmp_path / "b.mp4", clip, fps=7)
+    grown, written = (read_video(tmp_path / name).int() for name in ("a.mp4", "b.mp4"))
+    assert grown.shape == (9, 3, 20, 24)
+    assert (grown - written).abs().max() < 10  # libx264 does not always encode the same frames to the same bytes
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [([], "at least one frame"), ([moving(), moving(height=22)], "frames are 22x24 .*, those before 20x24")],
+    ids=["no frame", "another size"],
+)
+def test_a_film_that_cannot_be_grown_leaves_nothing(tmp_path, frames, words):
+    def grow():
+        with growing_mp4(tmp_path / "a.mp4") as write:
+            for each in frames:
+                write(each)
+
+    with pytest.raises(ValueError, match=words):
+        grow()
+    assert os.listdir(tmp_path) == []
+
+
+def test_pictures_beside_each_other_and_a_place_that_is_empty():
+    picture = torch.full((1, 10, 14), 0.5)
+    both = beside({"came": picture, "predicted": picture}, "predicted", "frame 7")
+    one = beside({"came": picture, "predicted": None}, "predicted", "frame 7")
+    assert both.shape == one.shape == (3, one.shape[1], 2 * 14 * 18 + 3 * 12)
+    left = 12 + 14 * 18 + 12
+    assert (both[:, 35 : 35 + 180, 12 : 12 + 252] == 128).all()
+    assert (both[:, 35 : 35 + 180, left : left + 252] == 128).all()
+    assert (one[:, 35 : 35 + 180, left : left + 252] == 255).all()
+    assert not torch.equal(both, beside({"came": picture, "predicted": picture}, "predicted", "frame 8"))

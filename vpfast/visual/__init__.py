@@ -2,11 +2,11 @@
 
 from vpfast.visual.corruption import fragment_blur, gaussian_blur, gaussian_noise, salt_and_pepper
 from vpfast.visual.curves import Series, write_curves, write_frame_curves
-from vpfast.visual.film import side_by_side
+from vpfast.visual.film import beside, side_by_side
 from vpfast.visual.layers import write_code_maps, write_depths, write_heat_maps, write_repairs
 from vpfast.visual.page import Clip, Curves, Page, Table, write_page
 from vpfast.visual.strip import write_strip
-from vpfast.visual.writers import write_gif, write_mp4
+from vpfast.visual.writers import growing_mp4, write_gif, write_mp4
 
 __all__ = [
     "Clip",
@@ -14,9 +14,11 @@ __all__ = [
     "Page",
     "Series",
     "Table",
+    "beside",
     "fragment_blur",
     "gaussian_blur",
     "gaussian_noise",
+    "growing_mp4",
     "salt_and_pepper",
     "side_by_side",
     "write_code_maps",

@@ -1,7 +1,7 @@
 """Clips beside each other as one labelled film."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from vpfast.visual._frames import check_rows
 
 PAPER, INK, PALE = (255, 255, 255), (31, 41, 55), (209, 213, 219)
 GIVEN, PREDICTED = (156, 163, 175), (37, 99, 235)
+Colour = tuple[int, int, int]
 
 _MARGIN, _BORDER, _TEXT = 12, 2, 15
 
@@ -31,44 +32,87 @@ def side_by_side(clips: Mapping[str, Tensor], context: int = 0, scale: int | Non
         ImportError: without Pillow; says what to install.
     """
     pixels, steps = check_rows(clips, context)
-    height, width = next(iter(pixels.values())).shape[1:3]
-    if scale is not None and scale < 1:
-        raise ValueError(f"scale must be a whole number from 1 on, got {scale}")
-    factor = scale or max(1, 256 // max(height, width))
-    label = _font()
-    cell = max(width * factor, *(int(label.getlength(name)) for name in pixels))
     film = []
+    sizes = _sizes(pixels, next(iter(pixels.values())).shape[1:3], scale)
     for step in range(steps):
         images = {}
         for name, clip in pixels.items():
             at = step - (steps - len(clip))
-            images[name] = clip[at].repeat(factor, axis=0).repeat(factor, axis=1) if at >= 0 else None
-        film.append(_draw(images, (cell, width * factor, height * factor), step, steps, context))
+            images[name] = clip[at] if at >= 0 else None
+        film.append(_draw_step(images, sizes, step, steps, context))
     return torch.from_numpy(np.stack(film)).permute(0, 3, 1, 2).contiguous()
 
 
-def _draw(images: Mapping[str, Any], sizes: tuple[int, int, int], step: int, steps: int, context: int) -> Any:
-    """One frame of the film; ``sizes`` are the widths of a cell and of a picture, and a picture's height."""
+def beside(pictures: Mapping[str, Tensor | None], predicted: str, note: str = "", scale: int | None = None) -> Tensor:
+    """One frame of such a film, for a video that has no end yet: uint8 RGB (3, H', W').
+
+    Args:
+        pictures: name -> (C, H, W), float in [0, 1] or uint8, RGB or grey, all of one size; None leaves its place
+            empty, of all but one at most.
+        predicted: the name of the one with the blue frame; the others have a grey one.
+        note: what stands below.
+        scale: as in :func:`side_by_side`.
+
+    Raises:
+        TypeError, ValueError: pictures that cannot be shown together; names the picture.
+        ImportError: without Pillow; says what to install.
+    """
+    pixels, _ = check_rows({name: each.unsqueeze(0) for name, each in pictures.items() if each is not None}, 0)
+    sizes = _sizes(pictures, next(iter(pixels.values())).shape[1:3], scale)
+    images = {name: pixels[name][0] if name in pixels else None for name in pictures}
+    colours = {name: PREDICTED if name == predicted else GIVEN for name in pictures}
+    canvas, draw = _draw_pictures(images, sizes, colours, _MARGIN // 2 + _TEXT)
+    draw.text((canvas.width // 2, canvas.height - _MARGIN - _TEXT // 2), note, INK, _font(), anchor="mm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+class _Sizes(NamedTuple):
+    """The widths of a cell and of a picture, a picture's height, and by how much it is enlarged."""
+
+    cell: int
+    width: int
+    height: int
+    factor: int
+
+
+def _sizes(names: Iterable[str], size: Sequence[int], scale: int | None) -> _Sizes:
+    height, width = size
+    if scale is not None and scale < 1:
+        raise ValueError(f"scale must be a whole number from 1 on, got {scale}")
+    factor = scale or max(1, 256 // max(height, width))
+    label = _font()
+    cell = max(width * factor, *(int(label.getlength(name)) for name in names))
+    return _Sizes(cell, width * factor, height * factor, factor)
+
+
+def _draw_pictures(images: Mapping[str, Any], sizes: _Sizes, colours: Mapping[str, Colour], below: int) -> Any:
+    """The pictures (H, W, 3) in a row with their names, and room of so many pixels below them: a canvas to draw on."""
     from PIL import Image, ImageDraw
 
-    cell, width, height = sizes
     top = _MARGIN + _TEXT + 8
-    canvas = Image.new("RGB", (_MARGIN + len(images) * (cell + _MARGIN), top + height + 3 * _MARGIN + _TEXT + 2), PAPER)
+    width = _MARGIN + len(images) * (sizes.cell + _MARGIN)
+    canvas = Image.new("RGB", (width, top + sizes.height + 2 * _MARGIN + below), PAPER)
     draw = ImageDraw.Draw(canvas)
     font = _font()
-    colour = GIVEN if step < context else PREDICTED
     for column, (name, image) in enumerate(images.items()):
-        left = _MARGIN + column * (cell + _MARGIN)
-        draw.text((left + cell // 2, _MARGIN + _TEXT // 2), name, INK, font, anchor="mm")
-        left += (cell - width) // 2
-        box = (left - _BORDER, top - _BORDER, left + width + _BORDER - 1, top + height + _BORDER - 1)
+        left = _MARGIN + column * (sizes.cell + _MARGIN)
+        draw.text((left + sizes.cell // 2, _MARGIN + _TEXT // 2), name, INK, font, anchor="mm")
+        left += (sizes.cell - sizes.width) // 2
+        box = (left - _BORDER, top - _BORDER, left + sizes.width + _BORDER - 1, top + sizes.height + _BORDER - 1)
         if image is None:
             draw.rectangle(box, outline=PALE)
         else:
-            draw.rectangle(box, outline=colour, width=_BORDER)
-            canvas.paste(Image.fromarray(image), (left, top))
+            draw.rectangle(box, outline=colours[name], width=_BORDER)
+            enlarged = image.repeat(sizes.factor, axis=0).repeat(sizes.factor, axis=1)
+            canvas.paste(Image.fromarray(enlarged), (left, top))
+    return canvas, draw
 
-    bar = top + height + _MARGIN
+
+def _draw_step(images: Mapping[str, Any], sizes: _Sizes, step: int, steps: int, context: int) -> Any:
+    """One frame of the film, with a bar that shows how far it is."""
+    colour = GIVEN if step < context else PREDICTED
+    canvas, draw = _draw_pictures(images, sizes, dict.fromkeys(images, colour), _MARGIN + _TEXT + 2)
+    bar = canvas.height - 2 * _MARGIN - _TEXT - 2
     length = canvas.width - 2 * _MARGIN
     for at in range(steps):
         x0, x1 = _MARGIN + length * at // steps, _MARGIN + length * (at + 1) // steps - 2
@@ -77,7 +121,8 @@ def _draw(images: Mapping[str, Any], sizes: tuple[int, int, int], step: int, ste
     note = f"{step + 1} / {steps}"
     if context:
         note += "   given" if step < context else "   predicted"
-    draw.text((canvas.width // 2, bar + 10 + _TEXT // 2), note, INK if step < context else colour, font, anchor="mm")
+    place = (canvas.width // 2, bar + 10 + _TEXT // 2)
+    draw.text(place, note, INK if step < context else colour, _font(), anchor="mm")
     return np.asarray(canvas)
 
 

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,33 +68,79 @@ def write_mp4(path: str | os.PathLike[str], frames: Tensor, fps: float = 10) -> 
         TypeError, ValueError: frames or ``fps`` that cannot be written.
         ImportError: without PyAV; says what to install.
     """
+    with growing_mp4(path, fps) as write:
+        for part in _parts(frames):
+            write(part)
+
+
+@contextmanager
+def growing_mp4(path: str | os.PathLike[str], fps: float = 10) -> Iterator[Callable[[Tensor], None]]:
+    """The file of :func:`write_mp4` from frames as they come, which are not kept: yields what appends some to it.
+
+    That takes (T, C, H, W), all of one size. The file is at ``path`` when the block ends well, whole; there is none,
+    or still the old one, when it fails, or no frame came.
+
+    Raises:
+        as :func:`write_mp4`; ValueError for frames of another size than those before.
+    """
     _check_fps(fps, most=1000)
     av = _import_av()
-    chunks = _chunks(frames)
-    first = next(chunks)
-    odd = ((0, first.shape[1] % 2), (0, first.shape[2] % 2), (0, 0))
-    h264 = "libx264" in av.codecs_available
-    options = {"crf": "18", "preset": "medium"} if h264 else {"qscale": "2"}
     with (
         temporary_for(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=rate, options=options)
-        stream.height, stream.width = first.shape[1] + odd[0][1], first.shape[2] + odd[1][1]
+        film = _Mp4(container, Fraction(fps).limit_denominator(1001))
+        yield film.write
+        film.end()
+
+
+class _Mp4:
+    """The one stream of an MP4 that is being written. Its size is that of the first frame."""
+
+    def __init__(self, container: Any, rate: Fraction) -> None:
+        self._container, self._rate = container, rate
+        self._stream: Any = None
+        self._size: tuple[int, ...] = ()
+
+    def write(self, frames: Tensor) -> None:
+        pixels = to_pixels(frames)
+        size = pixels.shape[1:3]
+        if self._stream is None:
+            self._stream, self._size = self._begin(size), size
+        if size != self._size:
+            raise ValueError(
+                f"frames are {size[0]}x{size[1]} (height x width), those before {self._size[0]}x{self._size[1]}"
+            )
+        odd = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
+        for image in pixels:
+            frame = _import_av().VideoFrame.from_ndarray(np.pad(image, odd, mode="edge"), format="rgb24")
+            self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+
+    def end(self) -> None:
+        if self._stream is None:
+            raise ValueError("there must be at least one frame in a film, got none")
+        self._container.mux(self._stream.encode(None))
+
+    def _begin(self, size: tuple[int, ...]) -> Any:
+        h264 = "libx264" in _import_av().codecs_available
+        options = {"crf": "18", "preset": "medium"} if h264 else {"qscale": "2"}
+        stream = self._container.add_stream("libx264" if h264 else "mpeg4", rate=self._rate, options=options)
+        stream.height, stream.width = size[0] + size[0] % 2, size[1] + size[1] % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = _BT709
-        for image in (image for pixels in chain([first], chunks) for image in pixels):
-            frame = av.VideoFrame.from_ndarray(np.pad(image, odd, mode="edge"), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
-        container.mux(stream.encode(None))
+        return stream
+
+
+def _parts(frames: Tensor) -> Iterator[Tensor]:
+    """A few frames at a time: what is kept on disk and mapped into memory is never all there."""
+    for start in range(0, max(len(frames), 1), _FRAMES_AT_ONCE):  # no frame at all is refused like any other shape
+        yield frames[start : start + _FRAMES_AT_ONCE]
 
 
 def _chunks(frames: Tensor) -> Iterator[Pixels]:
-    """Frames as pixels, a few at a time: what is kept on disk and mapped into memory is never all there."""
-    for start in range(0, max(len(frames), 1), _FRAMES_AT_ONCE):  # no frame at all is refused like any other shape
-        yield to_pixels(frames[start : start + _FRAMES_AT_ONCE])
+    """:func:`_parts` as pixels."""
+    return map(to_pixels, _parts(frames))
 
 
 def _palette(frames: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.uint8]]:
