@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from vpfast.data import VideoError, read_video
 from vpfast.data.resize import resize, to_grey
+from vpfast.data.video import frame_rate
 
 
 def off(frames, clip):
@@ -55,6 +56,21 @@ def test_gif(tmp_path, pattern):
 def test_a_variable_frame_rate_is_not_evened_out(make_video, pattern):
     clip = pattern(6, 32, 32)
     assert off(read_video(make_video("vfr.mkv", clip, "ffv1", "bgr0", pts=[0, 1, 2, 90, 91, 300])), clip) < 0.01
+
+
+@pytest.mark.parametrize(("ticks", "rate"), [(4, 25), (10, 10)])
+def test_the_frame_rate_is_the_files_own(make_video, ticks, rate):
+    assert frame_rate(make_video(pts=[ticks * number for number in range(12)])) == rate
+
+
+def test_a_folder_has_no_frame_rate(tmp_path):
+    assert frame_rate(tmp_path) is None
+
+
+def test_no_frame_rate_without_a_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 50)
+    with pytest.raises(VideoError, match=r"text\.mp4: not a video that can be decoded"):
+        frame_rate(tmp_path / "text.mp4")
 
 
 def test_start_and_count(make_video):

@@ -27,6 +27,8 @@ _CONTAINERS = (
     "yuv4mpegpipe,rawvideo"
 )
 
+_FASTEST = 1000  # frames a second; where files say more, it is the clock of their time stamps
+
 # They hold no duration: FFmpeg guesses it from time stamps, which may jump, or from the bit rate.
 _DURATION_GUESSED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "mjpeg", "obu", "dv"})
 
@@ -92,6 +94,26 @@ def iter_video(
         yield frame.squeeze(0).contiguous()
 
 
+def frame_rate(path: str | os.PathLike[str]) -> float | None:
+    """How many frames a second a video file is shown at; None where it does not say, and of a folder of images.
+
+    Raises:
+        VideoError: not a video that can be read; names the file.
+        ImportError: without PyAV.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return None
+    av = _import_av()
+    _check_file(path)
+    try:
+        with _open(path) as container:
+            rate = _video_stream(container, path).guessed_rate  # the average counts no time for the last frame
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: not a video that can be decoded ({reason(error, path)})") from error
+    return float(rate) if rate and rate <= _FASTEST else None
+
+
 def iter_images(files: Iterable[Path]) -> Iterator[NDArray[np.uint8]]:
     """Image files as the frames of one video, uint8 RGB (H, W, 3). VideoError names one that cannot be read or differs
     in size from the first."""
@@ -134,11 +156,7 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     ended = None  # the last frame's end, in the stream's time base
     announced: _Announced | None = None
     try:
-        with av.open(
-            f"file:{path}",
-            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
-            metadata_errors="replace",
-        ) as container:
+        with _open(path) as container:
             stream = _video_stream(container, path)
             if container.format.name == "gif":
                 _check_gif(path)
@@ -165,6 +183,15 @@ def _frames_of_file(path: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
         raise VideoError(f"{path}: holds a video stream without a single frame")
     if announced is not None and ended is not None:
         _check_complete(path, announced, decoded, ended)
+
+
+def _open(path: Path) -> Any:
+    """The file as a container of FFmpeg's."""
+    return _import_av().open(
+        f"file:{path}",
+        options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
+        metadata_errors="replace",
+    )
 
 
 class _Announced(NamedTuple):
