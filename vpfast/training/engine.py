@@ -3,12 +3,10 @@
 import errno
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +25,7 @@ from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
 from vpfast.training.device import pick_device
 from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
+from vpfast.training.signals import caught_signals
 from vpfast.training.update import Context
 from vpfast.training.validation import sample, validate
 
@@ -118,7 +117,7 @@ class _Run:
     def _run(self, last: bool) -> Path:
         config = self.config
         agreed(self.accelerator, self._prepare_folder)
-        with _signals() as caught:
+        with caught_signals() as caught:
             with self.log.opened(self.at.step) as log:
                 self._loop(caught, log)
             with self._averaged():
@@ -371,24 +370,3 @@ def _deaf(worker: int) -> None:
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one of a kind acts as it did before."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        signal.signal(signum, before[signum])
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.getsignal(signum)
-            signal.signal(signum, handle)
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
