@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -108,6 +108,65 @@ class CudaRecorder:
                 yield
             finally:
                 self._last = torch.cuda.current_stream().record_event()
+
+
+class Lanes(Protocol):
+    """Lines of work beside each other, within which everything comes in order."""
+
+    def forked(self) -> AbstractContextManager[None]:
+        """The lanes begin after what was launched before the block; what follows it comes after all of them."""
+        ...
+
+    def lane(self, index: int, after: Sequence[int] = ()) -> AbstractContextManager[None]:
+        """What is launched in the block goes on in lane ``index``, after all that was in the lanes ``after`` so far."""
+        ...
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        """Tensors of one lane that others read: their memory is not used again before the lanes are joined."""
+        ...
+
+
+class OneLane:
+    """One thing after another."""
+
+    def forked(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def lane(self, index: int, after: Sequence[int] = ()) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+class CudaLanes:
+    """A stream a lane. Recorded, the lanes become branches of the graph."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        with torch.cuda.device(device):
+            self._streams = [torch.cuda.Stream() for _ in range(count)]
+        self._kept: list[Tensor | None] = []
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        try:
+            yield
+        finally:
+            for stream in self._streams:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+            self._kept.clear()
+
+    @contextmanager
+    def lane(self, index: int, after: Sequence[int] = ()) -> Iterator[None]:
+        for other in after:
+            self._streams[index].wait_stream(self._streams[other])
+        with torch.cuda.stream(self._streams[index]):
+            yield
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        self._kept += tensors
 
 
 class GraphCache:
