@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vpfast.models import MSPN, SHRVQVAE
-from vpfast.models.mspn.cpu import optimize_mspn
+from vpfast.models.mspn import captured, cpu
+from vpfast.models.shrvqvae.captured import optimize_shrvqvae
 
 State = Any
 """What a model remembers between two frames; only the model that made it can read it."""
@@ -48,5 +49,9 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
     if dtype not in (None, torch.bfloat16):
         raise TypeError(f"optimize computes in the model's own type (None) or in torch.bfloat16, got {dtype}")
     if isinstance(model, MSPN):
-        return optimize_mspn(model, dtype)
+        if model._weight.is_cuda:
+            return captured.optimize_mspn(model, dtype)
+        return cpu.optimize_mspn(model, dtype)
+    if isinstance(model, SHRVQVAE) and model.autoencoder._weight.is_cuda:
+        return optimize_shrvqvae(model, dtype)
     raise TypeError(f"optimize takes an MSPN or an SHRVQVAE, got {type(model).__name__}")
