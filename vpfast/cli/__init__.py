@@ -38,7 +38,7 @@ EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed on the way, 2 the request cannot be served.
 
-    A run of ``vpfast train`` that a signal stopped gives 128 + the signal's number.
+    ``vpfast train`` and ``vpfast predict --live``, stopped by a signal, give 128 + its number.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     return answered(lambda: _run(args), f"vpfast {args[0]}" if args else "vpfast")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vpfast._files import new_folder
-from vpfast.cli import Parser
+from vpfast.cli import Parser, _live
 from vpfast.cli._out import check_out_folder
 from vpfast.cli._video import add_video_options, fit_of, frame_size, from_zero, positive
 from vpfast.data import VideoError, read_video
@@ -30,16 +30,26 @@ DESCRIPTION = """Predict the frames that follow `context` real frames of a video
   strip.png        the frames in rows: what really happened and the difference where known, and the prediction
 
 An S-HR-VQVAE predicts what is likeliest at --temperature 0; above it the future is drawn, and --futures draws several:
-prediction.npy is then (futures, horizon, C, H, W), and the pictures show them beside each other."""
+prediction.npy is then (futures, horizon, C, H, W), and the pictures show them beside each other.
+
+With --live the video is read frame by frame, as a camera would give it, and after each frame the next one is predicted,
+or the one --horizon further on. It prints how long that took a frame and how well what came had been predicted; --out
+is a film of both, .mp4, or left out. Memory does not grow with the video. Ctrl-C and SIGTERM end it after the frame at
+hand: what was seen is told, and the film is whole."""
 
 
 # What an output folder holds, and all that --force may take away with it.
 FILES = frozenset({"prediction.npy", "prediction.gif", "prediction.mp4", "strip.png"})
 
+_ONLY_LIVE = ("frames", "loop", "pace", "json")
+_NEVER_LIVE = ("start", "temperature", "top_k", "futures", "seed")
+
 
 def run(argv: Sequence[str]) -> int:
     """Predict and write; returns 0. Nothing is left behind where something fails."""
     options = _parse(argv)
+    if options.live:
+        return _live.run(options)
     replace = check_out_folder(options.out, options.force, FILES)
     model, trained = read_weights(options.weights, MSPN, SHRVQVAE)
     assert isinstance(model, MSPN | SHRVQVAE)
@@ -74,18 +84,55 @@ def _parse(argv: Sequence[str]) -> Any:
         allow_abbrev=False,
     )
     add_video_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--horizon", type=positive, default=20, help="frames to predict (default: 20)")
-    parser.add_argument("--context", type=positive, help="real frames to look at (default: as trained)")
-    parser.add_argument("--start", type=int, default=0, help="the first of them; negative counts from the end")
-    parser.add_argument("--fps", type=positive, default=10, help="frames a second of GIF and MP4 (default: 10)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="S-HR-VQVAE: 0 takes the likeliest (default: 0)")
+    parser.add_argument("--out", type=Path, help="the folder to write; with --live a film, .mp4")
+    parser.add_argument(
+        "--horizon", type=positive, help="frames to predict (default: 20); with --live how far ahead (default: 1)"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive,
+        help="real frames to look at (default: as trained); with --live so many an S-HR-VQVAE remembers",
+    )
+    parser.add_argument("--start", type=int, help="the first of them; negative counts from the end (default: 0)")
+    parser.add_argument(
+        "--fps",
+        type=positive,
+        help=f"frames a second of GIF and MP4 (default: {_live.FPS}, with --live the video's own)",
+    )
+    parser.add_argument("--temperature", type=float, help="S-HR-VQVAE: 0 takes the likeliest (default: 0)")
     parser.add_argument(
         "--top-k", "--top_k", type=positive, help="S-HR-VQVAE: draw among so many codewords (default: all)"
     )
     parser.add_argument("--futures", type=positive, help="S-HR-VQVAE: draw so many futures")
-    parser.add_argument("--seed", type=from_zero, default=0, help="S-HR-VQVAE: of what is drawn (default: 0)")
-    return parser.parse_args(argv)
+    parser.add_argument("--seed", type=from_zero, help="S-HR-VQVAE: of what is drawn (default: 0)")
+    live = parser.add_argument_group("frame by frame")
+    live.add_argument("--live", action="store_true", help="predict after each frame of the video, from the first on")
+    live.add_argument("--frames", type=positive, help="end after so many frames")
+    live.add_argument(
+        "--loop", action="store_true", help="begin the video again where it ends, until --frames or Ctrl-C"
+    )
+    live.add_argument(
+        "--pace", action="store_true", help="wait for each frame as for a camera's, and miss those that come too fast"
+    )
+    live.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    return _completed(parser, parser.parse_args(argv))
+
+
+def _completed(parser: Parser, options: Any) -> Any:
+    """The options with their defaults; complains of those that do not go together."""
+    if options.out is None and not options.live:
+        parser.error("--out is needed: the folder to write")
+    for name in _NEVER_LIVE if options.live else _ONLY_LIVE:
+        given = getattr(options, name)
+        if given is not None and given is not False:
+            parser.error(f"--{name.replace('_', '-')} {'does not go' if options.live else 'goes only'} with --live")
+    defaults = {"horizon": 1 if options.live else 20, "start": 0, "temperature": 0.0, "seed": 0}
+    if not options.live:
+        defaults["fps"] = _live.FPS
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def _predict(model: MSPN | SHRVQVAE, context: Tensor, horizon: int, sampling: Sampling) -> Tensor:
