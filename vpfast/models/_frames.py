@@ -99,6 +99,17 @@ def check_device(frames: Tensor, beside: Tensor, name: str) -> None:
         raise ValueError(f"frames are on {frames.device} and the {name} on {beside.device}; move one of them")
 
 
+def require(holds: Tensor, message: str) -> None:
+    """Raise ValueError with ``message`` unless ``holds``, one bool, is true.
+
+    What is compiled or exported asks for itself each time it runs, and raises a RuntimeError.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif values_can_be_read(holds) and not holds:
+        raise ValueError(message)
+
+
 def values_can_be_read(frames: Tensor) -> bool:
     """Whether there are values to look at, which neither a trace nor a CUDA graph being captured has."""
     if torch.compiler.is_compiling() or frames.is_meta or isinstance(frames, FakeTensor):

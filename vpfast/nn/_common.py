@@ -138,11 +138,14 @@ def check_type(owner: str, x: Tensor, weight: Tensor) -> None:
 
 
 def as_integer(value: object) -> int | None:
-    """``value`` as an int where it is a whole number of any kind, NumPy's included; None for all else and for bool."""
+    """``value`` as an int where it is a whole number of any kind, NumPy's included; None for all else and for bool.
+
+    A size that a trace leaves open stays open.
+    """
     if isinstance(value, bool):
         return None
-    if isinstance(value, int):
-        return value
+    if isinstance(value, int | torch.SymInt):
+        return value  # type: ignore[return-value]
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:

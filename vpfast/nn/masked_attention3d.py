@@ -100,7 +100,9 @@ class MaskedAttention3d(nn.Module):
             raise ValueError(f"{_OWNER}: grid must be (T, H, W), three positive integers, got {grid!r}")
         weight = self.qkv.weight
         times, height, width = grid
-        keys, values = weight.new_empty(2, batch, self.heads, times * height * width, self.head_dim).unbind(0)
+        shape = (batch, self.heads, times * height * width, self.head_dim)
+        # Two tensors and no views of one: a trace, which turns writing into copying, keeps an open batch open only so.
+        keys, values = weight.new_empty(shape), weight.new_empty(shape)
         encoding = None
         if self.positions:
             encoding = sinusoidal_positions((times, height, width), self.dim, weight.dtype, weight.device).flatten(0, 2)

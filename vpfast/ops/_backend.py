@@ -195,8 +195,9 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def native_devices(qualified_op: str) -> tuple[str, ...]:
-    """Device types that the loaded extension registered a kernel of ``qualified_op`` for."""
+    """Device types that the loaded extension registered a kernel of ``qualified_op`` for. Not traced."""
     if _native.extension is None:
         return ()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -22,7 +22,7 @@ LIBRARY.define(
 # The same for a graph that is traced. What changes is told apart from the weights, which a trace would otherwise copy
 # before every call; nothing comes back that Python would have to look at; and threads are those of the moment.
 LIBRARY.define(
-    "sample_frame(Tensor(a!) codes, Tensor(b!)[] kept, Tensor[] weights, int[] order, Tensor[] tables, Tensor keys,"
+    "sample_frame(Tensor(a!) codes, Tensor(b!)[] kept, Tensor[] weights, int[] places, Tensor[] tables, Tensor keys,"
     " int[] grid, str[] masks, int[] windows, int[] sizes, float temperature, int top_k) -> ()"
 )
 
@@ -31,7 +31,7 @@ def _sample_frame(
     codes: Tensor,
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
-    order: Sequence[int],
+    places: Sequence[int],
     tables: Sequence[Tensor],
     keys: Tensor,
     grid: Sequence[int],
@@ -41,13 +41,14 @@ def _sample_frame(
     temperature: float,
     top_k: int,
 ) -> None:
-    """``network`` of ``sample_codes`` is ``kept`` and ``weights``, one after the other, taken in ``order``.
+    """``network`` of ``sample_codes`` is ``weights`` with ``kept`` in between, at ``places`` in ascending order.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    given = [*kept, *weights]
-    network = [given[index] for index in order]
+    network = list(weights)
+    for place, tensor in zip(places, kept, strict=True):
+        network.insert(place, tensor)
     threads = torch.get_num_threads()
     finite = torch.ops.vpfast.sample_codes(
         codes, network, tables, keys, grid, masks, windows, sizes, temperature, top_k, threads

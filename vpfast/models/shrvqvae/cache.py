@@ -112,13 +112,13 @@ class ConvCache:
         """Compute ``frame`` for frame ``time``, all of whose past frames are known."""
         taps = (self.window.past + time * self.window.frame).flatten()
         self.frame = _gathered(
-            past_inputs, taps, self.past, self.bias.expand(len(past_inputs), len(self.window.own), -1)
+            past_inputs, taps, self.past, self.bias.expand(past_inputs.shape[0], len(self.window.own), -1)
         )
 
     def at(self, taps: Tensor, cells: Tensor) -> Tensor:
         """The output (B, P, out) at positions whose taps are ``taps`` (P * taps,)."""
         if self.frame is None:
-            return _gathered(self.inputs, taps, self.whole, self.bias.expand(len(self.inputs), len(cells), -1))
+            return _gathered(self.inputs, taps, self.whole, self.bias.expand(self.inputs.shape[0], len(cells), -1))
         base = self.frame.index_select(1, cells)
         return _gathered(self.inputs, taps, self.present, base) if len(taps) else base
 

@@ -65,13 +65,16 @@ class CompiledPass:
         """
         stem, block = self.cache.stem, self.cache.layers[0].conv
         network = [stem.inputs, _known(stem.frame), stem.present, *self.entering]
+        kept = [0]  # where in it the tensors are that the kernel writes into
         for before, conv, after in self.layers:
+            kept.append(len(network) + len(before))
             network += [*before, conv.inputs, _known(conv.frame), conv.present, *after]
+            if len(after) > 2:  # they end with keys and values
+                kept += [len(network) - 2, len(network) - 1]
         length, cells = codes.shape[1], size[0] * size[1]
         tables = [stem.window.present, stem.window.own, block.window.present, block.window.own]
-        finite: bool = torch.ops.vpfast.sample_codes(
-            codes,
-            [*network, *self.leaving],
+        network += self.leaving
+        frame = (
             tables,
             choice.keys,
             [length // cells, *size],
@@ -80,8 +83,12 @@ class CompiledPass:
             [*self.sizes, time, stem.window.frame],
             choice.temperature,
             choice.top_k or self.prior.config.codebook_size,
-            torch.get_num_threads(),
         )
+        if torch.compiler.is_compiling():  # it raises by itself where logits are not finite
+            weights = [tensor for index, tensor in enumerate(network) if index not in kept]
+            torch.ops.vpfast.sample_frame(codes, [network[index] for index in kept], weights, kept, *frame)
+            return True
+        finite: bool = torch.ops.vpfast.sample_codes(codes, network, *frame, torch.get_num_threads())
         return finite
 
     def _layer(self, index: int) -> tuple[list[Tensor], ConvCache, list[Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values
+from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values, require
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import Reduction, Scaling, SHRVQVAEConfig
 from vpfast.models.storage import storable
@@ -119,8 +119,7 @@ class HRVQVAE(nn.Module):
         """Those of :meth:`encode` alone, int64 (B, T, h, w, n) or (T, h, w, n), for use beside the model."""
         self._check_frames(frames)
         *clips, _, height, width = frames.shape
-        parts = [self._indices_of(part) for part in frames.flatten(0, -4).split(_frames_at_once(height, width))]
-        indices = torch.cat(parts)
+        indices = torch.cat([self._indices_of(part) for part in _parts(frames.flatten(0, -4), height, width)])
         return indices.reshape(*clips, *indices.shape[1:])
 
     @torch.no_grad()
@@ -142,9 +141,7 @@ class HRVQVAE(nn.Module):
         frames = weight.new_empty((len(flat), self.config.in_channels, *codes.frame_size))
         size = _frames_at_once(*codes.frame_size)
         for start in range(0, len(flat), size):
-            indices = flat[start : start + size].indices.to(weight.device)
-            latent = self.quantizer.get_output_from_indices(indices).to(weight.dtype)
-            frames[start : start + size] = self._to_frames(self.decoder(latent)).clamp_(0, 1)
+            frames[start : start + size] = self._frames_of(flat[start : start + size].indices.to(weight.device))
         return frames.reshape(*codes.shape[:-3], *frames.shape[1:])
 
     @property
@@ -161,12 +158,21 @@ class HRVQVAE(nn.Module):
     def _indices_of(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, h, w, n)."""
         latent = self.encoder(self._to_network(frames)).movedim(1, -1)
-        if not torch.isfinite(latent).all():
-            raise ValueError(
-                "the encoder gives values that are not finite: its weights are not, or overflow in half precision"
-            )
+        require(
+            torch.isfinite(latent).all(),
+            "the encoder gives values that are not finite: its weights are not, or overflow in half precision",
+        )
         _, indices = codeword_search(latent.flatten(0, -2), self.quantizer.codebooks, self.config.strict_tree)
         return indices.reshape(*latent.shape[:-1], self.config.layers)
+
+    def _frames_of(self, indices: Tensor) -> Tensor:
+        """(N, h, w, n) -> (N, C, H, W) in [0, 1]."""
+        height, width = (self.config.multiple * size for size in indices.shape[1:3])
+        frames = []
+        for part in _parts(indices, height, width):
+            latent = self.quantizer.get_output_from_indices(part).to(self._weight.dtype)
+            frames.append(self._to_frames(self.decoder(latent)).clamp_(0, 1))
+        return torch.cat(frames)
 
     def _fingerprint(self) -> bytes:
         """8 bytes that tell these codebooks from others. A copy of the model in another type has the same."""
@@ -248,6 +254,11 @@ _GAIN: dict[Scaling, float] = {"half": 1.0, "unit": 2.0}
 
 def _frames_at_once(height: int, width: int) -> int:
     return max(_PIXELS_AT_ONCE // (height * width), 1)
+
+
+def _parts(of_frames: Tensor, height: int, width: int) -> Sequence[Tensor]:
+    """A tensor (N, ...) of N frames in parts of so many; in one where it is compiled, for any N."""
+    return [of_frames] if torch.compiler.is_compiling() else of_frames.split(_frames_at_once(height, width))
 
 
 class _ResidualBlock(nn.Module):

@@ -58,19 +58,24 @@ def clip_keys(seed: int | Sequence[int], batch: int, num_futures: int = 1) -> Te
         TypeError: no integers.
         ValueError: out of range, or not one a clip.
     """
-    given = [seed] * batch if as_integer(seed) is not None or not isinstance(seed, Iterable) else list(seed)
-    if len(given) != batch:
-        raise ValueError(f"seed must be one integer, or one for each of the {batch} clips, got {len(given)}")
-    seeds = []
-    for each in given:
-        whole = as_integer(each)
-        if whole is None:
-            raise TypeError(f"seed must be an integer, or one for each clip, got {each!r}")
-        if not 0 <= whole <= _WORD:
-            raise ValueError(f"seed must lie in [0, 2^32), got {whole}")
-        seeds.append(whole)
+    if as_integer(seed) is not None or not isinstance(seed, Iterable):
+        seeds = torch.full((batch,), _checked(seed), dtype=torch.int64)
+    else:
+        given = [_checked(each) for each in seed]
+        if len(given) != batch:
+            raise ValueError(f"seed must be one integer, or one for each of the {batch} clips, got {len(given)}")
+        seeds = torch.tensor(given, dtype=torch.int64)
     futures = torch.arange(num_futures).repeat(batch)
-    return torch.stack([torch.tensor(seeds, dtype=torch.int64).repeat_interleave(num_futures), futures], dim=1)
+    return torch.stack([seeds.repeat_interleave(num_futures), futures], dim=1)
+
+
+def _checked(seed: object) -> int:
+    whole = as_integer(seed)
+    if whole is None:
+        raise TypeError(f"seed must be an integer, or one for each clip, got {seed!r}")
+    if not 0 <= whole <= _WORD:
+        raise ValueError(f"seed must lie in [0, 2^32), got {whole}")
+    return whole
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vpfast.models._config import is_count, is_weight
-from vpfast.models._frames import check_count
-from vpfast.models.shrvqvae import compiled
+from vpfast.models._frames import check_count, require, values_can_be_read
+from vpfast.models.shrvqvae import captured, compiled
 from vpfast.models.shrvqvae.cache import NetworkCache, Places, Window
 from vpfast.models.shrvqvae.random import Choice, clip_keys
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.nn._common import check_choice
+from vpfast.ops._backend import BackendError, autocast_is_on, current_backend
+from vpfast.ops._sample_codes import NOT_FINITE
 
 Order = Literal["pipelined", "plain"]
-
-NOT_FINITE = "the prior gives logits that are not finite: its weights are not, or overflow in half precision"
 
 
 def sample(
@@ -116,8 +117,7 @@ class _Clip:
 
     def check(self) -> None:
         """Raise ValueError where logits were not finite."""
-        if not torch.isfinite(self.total):
-            raise ValueError(NOT_FINITE)
+        require(torch.isfinite(self.total), NOT_FINITE)
 
     def look_at(self, context: int) -> None:
         """Bring in the first frames, whose codes are known."""
@@ -127,7 +127,7 @@ class _Clip:
         codes = self.codes[:, : context * cells]
         window = self.windows[0]
         own = (torch.arange(context, device=codes.device)[:, None] * window.frame + window.own).flatten()
-        begun = self.prior.begun(codes.unflatten(1, (context, *self.size))).unflatten(0, (len(codes), -1))
+        begun = self.prior.begun(codes.unflatten(1, (context, *self.size))).unflatten(0, (codes.shape[0], -1))
         for layer, network in enumerate(self.networks):
             shown = range(layer, layer + 1) if self.by_layer else None
             network.stem.inputs.index_copy_(1, own, self.prior.embedded(codes, shown))
@@ -138,6 +138,8 @@ class _Clip:
     def sample(self, times: range, order: Order) -> None:
         """Choose the codes of these frames, which follow what is known."""
         config = self.prior.config
+        if torch.compiler.is_compiling():
+            _check_compilable(self.prior, self.codes)
         if config.conditioning == "eq6" and order == "pipelined" and not self.by_layer:
             self.sample_across(times)
             return
@@ -145,11 +147,15 @@ class _Clip:
         if compiled.serves(self.prior, self.codes):
             layers = range(len(self.networks)) if self.by_layer else [None]
             passes = [compiled.CompiledPass(self.prior, *each) for each in zip(self.networks, layers, strict=True)]
+        recorded = self.recorded_passes()
         for time in times:
             for layer in range(len(self.networks)):
                 self.begin_frame(time, layer)
                 if passes:
                     self.sample_compiled(passes[layer], time)
+                elif recorded:
+                    recorded[layer].sample(time)
+                    self.count(math.prod(self.size))
                 elif config.conditioning == "raster" or (config.conditioning == "eq6" and order == "plain"):
                     self.sample_one_by_one(time, layer)
                 elif order == "plain":
@@ -164,7 +170,21 @@ class _Clip:
         """The positions of a frame in raster order, by the compiled kernel."""
         if not network.sample(self.codes, time, self.size, self.choice):
             raise ValueError(NOT_FINITE)
-        self.update(math.prod(self.size) * (1 if self.by_layer else self.codes.shape[-1]))
+        self.count(math.prod(self.size))
+
+    def recorded_passes(self) -> list[captured.CapturedPass]:
+        """For each network, where the step of a position can be recorded."""
+        recorder = captured.recorder_for(self.prior)
+        if recorder is None:
+            return []
+
+        def step(layer: int, place: Places) -> None:
+            self.decide(self.networks[layer].evaluate(place), place, layer)
+
+        return [
+            captured.CapturedPass(recorder, network, self.frame, partial(step, layer))
+            for layer, network in enumerate(self.networks)
+        ]
 
     def sample_one_by_one(self, time: int, layer: int) -> None:
         """The positions of a frame in raster order."""
@@ -212,6 +232,15 @@ class _Clip:
         self.networks[layer].begin_frame(time, self.seen, added)
 
     def choose(self, features: Tensor, places: Places, layer: int) -> None:
+        """:meth:`decide`, and tell how many codes were chosen."""
+        self.decide(features, places, layer)
+        self.count(len(places.positions))
+
+    def count(self, positions: int) -> None:
+        """Tell that the codes of so many more positions were chosen, in one pass."""
+        self.update(positions * (1 if self.by_layer else self.codes.shape[-1]))
+
+    def decide(self, features: Tensor, places: Places, layer: int) -> None:
         """Choose the codes at ``places`` by their features (B, P, C): of all layers, or of the layer of this pass."""
         codes = self.codes.index_select(1, places.positions)
         layers = range(layer, layer + 1) if self.by_layer else range(codes.shape[-1])
@@ -221,7 +250,6 @@ class _Clip:
             codes[..., each] = self.choice(logits, places.times, places.cells, each)
         self.codes.index_copy_(1, places.positions, codes)
         self.show(places, layer)
-        self.update(len(places.positions) * len(layers))
 
     def show(self, places: Places, layer: int) -> None:
         """Show the codes at ``places`` to the positions after them in the pass of ``layer``."""
@@ -277,7 +305,7 @@ def _check(
         raise ValueError(f"codes must be (B, T, H, W, {layers}) with a row and a column, got {tuple(codes.shape)}")
     if codes.device != prior.norm.weight.device:
         raise ValueError(f"codes are on {codes.device} and the prior on {prior.norm.weight.device}; move one of them")
-    if codes.numel():
+    if values_can_be_read(codes) and codes.numel():
         low, high = torch.stack(torch.aminmax(codes)).tolist()
         if low < 0 or high >= size:
             raise ValueError(f"codes must lie in 0..{size - 1}, as a codebook has {size} codewords, got {low}..{high}")
@@ -290,10 +318,25 @@ def _check(
     return check_count("horizon", horizon)
 
 
+def _check_compilable(prior: STPixelCNN, codes: Tensor) -> None:
+    """Raise BackendError where a trace would hold the network anew for every position."""
+    conditioning = prior.config.conditioning
+    if conditioning == "past_frames" or compiled.serves(prior, codes):
+        return
+    raise BackendError(
+        "to compile or export an S-HR-VQVAE takes the sampler's compiled kernel, which serves float32 and float64 on "
+        f"the CPU with conditioning='raster'; this one is {prior.norm.weight.dtype} on {codes.device} with "
+        f"conditioning={conditioning!r}, under vpfast.backend({current_backend()!r}). `vpfast doctor` shows whether "
+        "this installation has compiled kernels and, if not, why and how to build them"
+    )
+
+
 @contextmanager
 def _quietly(codes: Tensor) -> Iterator[None]:
     """Without gradients, and in the type of the weights."""
-    with torch.inference_mode(), torch.autocast(codes.device.type, enabled=False):
+    without_gradients = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
+    without_casts = torch.autocast(codes.device.type, enabled=False) if autocast_is_on(codes) else nullcontext()
+    with without_gradients(), without_casts:
         yield
 
 

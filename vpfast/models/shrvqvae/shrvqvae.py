@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_frames, check_size
-from vpfast.models.shrvqvae.codes import Codes
 from vpfast.models.shrvqvae.config import PRIOR_FIELDS, SHRVQVAEConfig
 from vpfast.models.shrvqvae.hrvqvae import HRVQVAE
 from vpfast.models.shrvqvae.loss import check_context, relaxed_latent
@@ -236,13 +235,10 @@ class SHRVQVAE(nn.Module):
 
     def _decode(self, codes: Tensor, size: Sequence[int]) -> Tensor:
         """int64 (*, k, h, w, n) -> (*, k, C, H, W) in [0, 1], frame by frame likewise."""
-        config, clips = self.config, codes.flatten(0, -5)
-        frames = [
-            self.autoencoder.decode(Codes(frame, config.codebook_size, (size[0], size[1]), config.in_channels))
-            for frame in clips.split(1, dim=1)
-        ]
-        shape = (*codes.shape[:-3], config.in_channels, *size)
-        return torch.cat(frames, dim=1).reshape(shape) if frames else self.autoencoder._weight.new_empty(shape)
+        clips = codes.flatten(0, -5)
+        frames = [self.autoencoder._frames_of(clips[:, time]) for time in range(clips.shape[1])]
+        shape = (*codes.shape[:-3], self.config.in_channels, *size)
+        return torch.stack(frames, dim=1).reshape(shape) if frames else self.autoencoder._weight.new_empty(shape)
 
     def _generate(self, logits: Tensor, given: Tensor) -> Tensor:
         """The frames of the codes that the logits choose, with gradients to decoder and logits."""
