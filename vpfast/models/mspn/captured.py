@@ -106,7 +106,7 @@ class CapturedMSPN:
                 if time + 1 < length + horizon:
                     frame = seen[time].movedim(-1, 1) if time < length else None
                     state = self._looked_at(ahead, frame, self._lanes)
-        return torch.stack(made, dim=1).to(self._weight.dtype)
+        return torch.stack(made, dim=1).to(self._weight.dtype).contiguous()
 
     def _look_ahead(self, state: MSPNState) -> Ahead:
         """Of a state that another call made: its tensors go in flat, and come out so."""
