@@ -1,5 +1,6 @@
 """The video prediction networks, and how they are saved and loaded."""
 
+from vpfast.models.graphed_step import GraphedStep
 from vpfast.models.mspn import MSPN, MSPNConfig, MSPNOutput
 from vpfast.models.shrvqvae import HRVQVAE, SHRVQVAE, Codes, SHRVQVAEConfig, STPixelCNN
 from vpfast.models.storage import load, save
@@ -9,6 +10,7 @@ __all__ = [
     "MSPN",
     "SHRVQVAE",
     "Codes",
+    "GraphedStep",
     "MSPNConfig",
     "MSPNOutput",
     "SHRVQVAEConfig",

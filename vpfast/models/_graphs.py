@@ -196,7 +196,7 @@ class GraphCache:
         if self.recorder.busy():
             return list(work(*inputs))
         batch = inputs[0].shape[0]
-        key = (name, bucket(batch), *map(_kind, inputs), *_modes())
+        key = (name, bucket(batch), *map(_kind, inputs), *modes(inputs[0].device))
         with self._lock, self.recorder.turn():
             entry = self._entries.get(key)
             if entry is None:
@@ -249,7 +249,7 @@ def _kind(tensor: Tensor) -> Hashable:
     return (tensor.shape[1:], tensor.dtype, tensor.device, channels_last)
 
 
-def _modes() -> tuple[Hashable, ...]:
+def modes(device: torch.device) -> tuple[Hashable, ...]:
     """The settings of the process that choose kernels: a recording keeps those that were chosen when it was made."""
     backends = torch.backends
     return (
@@ -258,4 +258,5 @@ def _modes() -> tuple[Hashable, ...]:
         backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         backends.cuda.matmul.fp32_precision,
         (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic),
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
     )
