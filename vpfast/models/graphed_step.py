@@ -39,7 +39,7 @@ class GraphedStep:
         limit: how many recordings are kept, the latest used.
 
     Raises:
-        ValueError: a model on the CPU; clips whose values are not finite or far outside [0, 1], before anything changes.
+        ValueError: a model on the CPU; clips whose values are not finite or far outside [0, 1], before any change.
     """
 
     def __init__(
