@@ -78,12 +78,14 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             self._side.wait_stream(torch.cuda.current_stream())
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(self._side):
-                for _ in range(self._WARM_UPS):
-                    work()
-                torch.cuda.synchronize()
-                result = self._recorded(graph, work)
-            torch.cuda.current_stream().wait_stream(self._side)
+            try:
+                with torch.cuda.stream(self._side):
+                    for _ in range(self._WARM_UPS):
+                        work()
+                    torch.cuda.synchronize()
+                    result = self._recorded(graph, work)
+            finally:
+                torch.cuda.current_stream().wait_stream(self._side)
         return Recording(result, graph.replay, graph.reset)
 
     def _recorded(self, graph: torch.cuda.CUDAGraph, work: Callable[[], R]) -> R:
