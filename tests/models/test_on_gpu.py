@@ -11,8 +11,9 @@ from spreading import spread
 from torch import Tensor, nn
 
 import vpfast
-from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
+from vpfast.models import MSPN, SHRVQVAE, GraphedStep, MSPNConfig, SHRVQVAEConfig
 from vpfast.models.mspn import pixel_loss
+from vpfast.models.mspn.captured import optimize_mspn
 from vpfast.models.shrvqvae import hrvqvae_loss, joint_loss, sample
 
 CODES: dict[str, Any] = {
@@ -159,3 +160,107 @@ def test_under_autocast(kind: str) -> None:
     loss.backward()
     assert abs(loss.item() / wanted.item() - 1) < 0.1
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- recorded as CUDA graphs ------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("levels", [2, 3])
+def test_mspn_in_graphs(overlap: bool, levels: int) -> None:
+    """Shapes by turns, again and again: each replay finds the memory as others left it."""
+    torch.manual_seed(0)
+    channels = (8, 16, 16, 16)[: levels + 1]
+    model = MSPN(MSPNConfig(in_channels=3, channels=channels, levels=levels, hidden_channels=8)).double().eval()
+    fast = optimize_mspn(model.cuda(), None, overlap=overlap)
+    model = model.cpu()
+    clips = torch.rand(5, 4, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for batch, horizon in [(1, 3), (5, 3), (3, 3), (1, 2), (1, 3), (4, 3), (5, 3)]:
+        frames = clips[:batch]
+        assert_close([fast.predict(frames.cuda(), horizon)], [model.predict(frames, horizon)])
+        stream, plain = vpfast.Stream(fast), vpfast.Stream(model)
+        for time in range(4):
+            pushed, wanted = stream.push(frames[:, time].cuda()), plain.push(frames[:, time])
+        assert_close([pushed, stream.rollout(2)], [wanted, plain.rollout(2)])
+
+
+@needs_gpu
+def test_mspn_in_graphs_from_several_streams() -> None:
+    """Calls on other streams wait for each other, as they share memory; nobody waits on the host."""
+    model = made("MSPN").eval().cuda()
+    fast = vpfast.optimize(model)
+    clips = [torch.rand(2, 4, 1, 8, 12, dtype=torch.float64).cuda() for _ in range(12)]
+    wanted = [model.predict(frames, COMING) for frames in clips]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for turn, frames in enumerate(clips):
+        with torch.cuda.stream(streams[turn % 3]):
+            found.append(fast.predict(frames, COMING))
+    torch.cuda.synchronize()
+    assert_close(found, wanted)
+
+
+@needs_gpu
+def test_mspn_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model = MSPN(MSPNConfig.preset("released-mnist")).eval().cuda()
+    frames = torch.rand(2, 4, 1, 64, 64, device="cuda")
+    wanted = model.predict(frames, 4)
+    found = vpfast.optimize(model, torch.bfloat16).predict(frames, 4)
+    assert found.dtype == torch.float32
+    assert 10 * torch.log10(1 / (found - wanted).square().mean()) > 40  # PSNR
+
+
+@needs_gpu
+def test_recorded_within_a_graph_of_the_callers() -> None:
+    model = made("MSPN").eval().cuda()
+    fast = vpfast.optimize(model)
+    frames = FRAMES.cuda()
+    wanted = fast.predict(frames, COMING)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fast.predict(frames, COMING)
+    found.zero_()
+    graph.replay()
+    assert_close([found], [wanted])
+
+
+@needs_gpu
+@pytest.mark.parametrize("code_order", ["depth", "layers", "independent"])
+@pytest.mark.parametrize("attention", ["full", "axial", "window"])
+def test_sampling_in_graphs(code_order: str, attention: str) -> None:
+    torch.manual_seed(0)
+    model = whole(code_order=code_order, attention=attention, attention_window=(1, 1, 1)).double().eval().cuda()
+    fast, frames = vpfast.optimize(model), FRAMES.cuda()
+    draws: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": [3, 8], "num_futures": 2}, {"top_k": 2}]
+    for draw in draws:
+        assert_close([fast.predict(frames, COMING, **draw)], [model.predict(frames, COMING, **draw)])
+    stream = vpfast.Stream(fast)
+    for time in range(frames.shape[1]):
+        stream.push(frames[:, time])
+    assert_close([stream.rollout(COMING)], [model.predict(frames, COMING)])
+
+
+@needs_gpu
+def test_training_in_graphs() -> None:
+    clips = [torch.rand(2, 4, 1, 8, 12, dtype=torch.float64, device="cuda") for _ in range(5)]
+
+    def trained(graphed: bool) -> list[Tensor]:
+        model = made("MSPN").cuda()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=True)
+        step = GraphedStep(model, lambda frames: pixel_loss(model(frames[:, :2], horizon=2), frames))
+        losses = []
+        for frames in clips:
+            optimizer.zero_grad()
+            if graphed:
+                loss = step(frames)
+            else:
+                loss = step.loss(frames)
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return [*losses, *(parameter.detach() for parameter in model.parameters())]
+
+    assert_close(trained(True), trained(False))
