@@ -1,26 +1,170 @@
-"""MSPN for inference on the CPU."""
+"""MSPN for inference on the CPU: by the compiled step where the processor has matrix tiles, else in channels_last."""
+
+from __future__ import annotations
 
 import copy
-from typing import Any
+import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vpfast.models._frames import check_count, check_frames, check_size
+from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, MSPNState
+from vpfast.models.mspn.program import Program, Size, Weights, room
+from vpfast.ops import _native
+from vpfast.ops._backend import current_backend
+
+_PIECES = {"highest": 3, "high": 2, "medium": 1}
+"""bfloat16 numbers that stand for a float32, by ``torch.get_float32_matmul_precision()``."""
+_PROGRAMS_KEPT = 4
 
 
-class OptimizedMSPN:
-    """What :func:`vpfast.optimize` makes of an MSPN on the CPU: a copy in channels_last, in the type asked for."""
+def optimize_mspn(model: MSPN, dtype: torch.dtype | None) -> TiledMSPN | ChannelsLastMSPN:
+    """See :func:`vpfast.optimize`."""
+    if model.config.batch_norm and model.training:
+        raise ValueError("optimize takes a model with batch norms in evaluation mode; call model.eval() first")
+    return TiledMSPN(model, dtype) if _tiles_serve(model) else ChannelsLastMSPN(model, dtype)
+
+
+def _tiles_serve(model: MSPN) -> bool:
+    return (
+        current_backend() in ("auto", "native")
+        and _native.extension is not None
+        and _native.extension.isa() == "amx"
+        and model.config.recurrence == "edlstm"
+        and model._weight.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+class TiledState(NamedTuple):
+    """What a :class:`TiledMSPN` remembers between two frames: in one memory, laid out by the program for ``size``.
+
+    ``ahead``: whether it holds the prediction of the next frame already.
+    """
+
+    memory: Tensor
+    size: Size
+    ahead: bool
+
+
+class TiledMSPN:
+    """An MSPN whose steps are one call each (csrc/mspn_step). Weights are copied; the model stays as it is.
+
+    float32 models compute as exactly as ``torch.get_float32_matmul_precision()`` asks at the time of the copy:
+    ``"highest"`` with the accuracy of float32, ``"high"`` with products of 16 significant bits, ``"medium"`` and
+    bfloat16 with products of 8. Sums, gates and cell states are float32 in each case.
+    """
 
     def __init__(self, model: MSPN, dtype: torch.dtype | None) -> None:
-        self.config = model.config
-        self.dtype = model._weight.dtype
-        self._network = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype or self.dtype)  # type: ignore[call-overload]
+        self.config: MSPNConfig = model.config
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._weight = model._weight.detach()[:0]
+        half = torch.bfloat16 in (dtype, self._weight.dtype)
+        self._pieces = 1 if half else _PIECES[torch.get_float32_matmul_precision()]
+        self._weights = Weights(self._model, self._pieces)
+        self._programs: dict[Size, tuple[Program, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def predict(self, frames: Tensor, horizon: int) -> Tensor:
+        """The future alone: (B, T, C, H, W) -> (B, horizon, C, H, W). Errors as in :meth:`MSPN.forward`."""
+        self._check(frames, "B, T, C, H, W")
+        horizon = check_count("horizon", horizon)
+        batch, length, _, height, width = frames.shape
+        if length == 0:
+            raise ValueError("frames hold no time step (T = 0); give at least one frame")
+        future = frames.new_empty(batch, horizon, *frames.shape[2:])
+        if future.numel() == 0:
+            return future
+        size = Size(batch, height, width)
+        memory = self._program(size)[0].zeros()
+        for time in range(length + horizon):
+            self._predict_next(memory, size)
+            if time >= length:
+                future[:, time - length] = self._prediction(memory, size)
+            if time < length + horizon - 1:
+                self._look_at(frames[:, time] if time < length else None, memory, size)
+        return future
+
+    def init_state(self, batch_size: int, height: int, width: int) -> TiledState:
+        """The state before the first frame. Errors as in :meth:`MSPN.init_state`."""
+        size = Size(*(check_count(*each) for each in zip(Size._fields, (batch_size, height, width), strict=True)))
+        check_size(size.height, size.width, self.config.multiple)
+        return TiledState(self._program(size)[0].zeros(), size, False)
+
+    @torch.no_grad()
+    def step(self, frame: Tensor | None, state: TiledState) -> tuple[Tensor, TiledState]:
+        """As :meth:`MSPN.step`: predict the next frame, then look at it; None stands for the prediction."""
+        if frame is not None:
+            self._check(frame, "B, C, H, W")
+            expected = (state.size.batch, self.config.in_channels, *state.size[1:])
+            if tuple(frame.shape) != expected:
+                raise ValueError(f"the state was made for frames of shape {expected}, got {tuple(frame.shape)}")
+        prediction, ahead = self.peek(state)
+        memory = ahead.memory.clone() if state.ahead else ahead.memory
+        self._look_at(frame, memory, state.size)
+        return prediction, TiledState(memory, state.size, False)
+
+    @torch.no_grad()
+    def peek(self, state: TiledState) -> tuple[Tensor, TiledState]:
+        """As :meth:`MSPN.peek`: the prediction of the next frame without moving on."""
+        if not state.ahead:
+            memory = state.memory.clone()
+            self._predict_next(memory, state.size)
+            state = TiledState(memory, state.size, True)
+        return self._prediction(state.memory, state.size).to(self._weight.dtype, copy=True), state
+
+    def _check(self, frames: Tensor, names: str) -> None:
+        check_frames(frames, names, self.config.in_channels, self.config.multiple, self._weight)
+
+    def _program(self, size: Size) -> tuple[Program, Tensor]:
+        """The program for ``size``, and the memory that it works in; those of the last few sizes are kept."""
+        found = self._programs.pop(size, None)
+        if found is None:
+            program = Program(self._model, self._weights, size)
+            found = program, room(program.arena_bytes).zero_()
+            if len(self._programs) == _PROGRAMS_KEPT:
+                del self._programs[next(iter(self._programs))]
+        self._programs[size] = found
+        return found
+
+    def _prediction(self, memory: Tensor, size: Size) -> Tensor:
+        start = self._program(size)[0].prediction
+        shape = (size.batch, self.config.in_channels, size.height, size.width)
+        return memory[start : start + 4 * torch.Size(shape).numel()].view(torch.float32).view(shape)
+
+    def _predict_next(self, memory: Tensor, size: Size) -> None:
+        self._run(self._program(size)[0].ahead, memory, size, memory[:0])
+
+    def _look_at(self, frame: Tensor | None, memory: Tensor, size: Size) -> None:
+        program = self._program(size)[0]
+        if frame is None:
+            self._run(program.follow, memory, size, memory[:0])
+        else:
+            self._run(program.look, memory, size, frame.float().contiguous())
+
+    def _run(self, code: Tensor, memory: Tensor, size: Size, frame: Tensor) -> None:
+        arena = self._program(size)[1]
+        weights, threads = self._weights.memory, torch.get_num_threads()
+        with self._lock:  # the arena is one for all who call
+            torch.ops.vpfast.mspn_step(code, arena, memory, weights, frame, self._pieces, threads)
+
+
+class ChannelsLastMSPN:
+    """An MSPN by torch's convolutions, in channels_last and in the type asked for: a copy of the model."""
+
+    def __init__(self, model: MSPN, dtype: torch.dtype | None) -> None:
+        self.config: MSPNConfig = model.config
+        self._dtype = model._weight.dtype
+        network = copy.deepcopy(model).eval().requires_grad_(False).to(dtype or self._dtype)
+        self._network: MSPN = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def predict(self, frames: Tensor, horizon: int) -> Tensor:
         """As :meth:`MSPN.predict`."""
-        return self._network.predict(frames.to(self._network._weight.dtype), horizon).to(self.dtype)
+        return self._network.predict(self._converted(frames), horizon).to(self._dtype)
 
     def init_state(self, batch_size: int, height: int, width: int) -> MSPNState:
         """As :meth:`MSPN.init_state`."""
@@ -29,17 +173,15 @@ class OptimizedMSPN:
     @torch.no_grad()
     def step(self, frame: Tensor | None, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.step`."""
-        seen = None if frame is None else frame.to(self._network._weight.dtype)
-        prediction, state = self._network.step(seen, state)
-        return prediction.to(self.dtype), state
+        prediction, state = self._network.step(None if frame is None else self._converted(frame), state)
+        return prediction.to(self._dtype), state
 
     @torch.no_grad()
     def peek(self, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.peek`."""
         prediction, state = self._network.peek(state)
-        return prediction.to(self.dtype), state
+        return prediction.to(self._dtype), state
 
-
-def optimize_mspn(model: MSPN, dtype: torch.dtype | None) -> Any:
-    """See :func:`vpfast.optimize`."""
-    return OptimizedMSPN(model, dtype)
+    def _converted(self, frames: Tensor) -> Tensor:
+        right = isinstance(frames, Tensor) and frames.dtype == self._dtype
+        return frames.to(self._network._weight.dtype) if right else frames

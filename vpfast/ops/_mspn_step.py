@@ -1,0 +1,12 @@
+"""The operator of the compiled MSPN step, which :mod:`vpfast.models` alone calls: a program of instructions, run once.
+
+Every tensor is memory in which the program's addresses lie: ``arena`` is working room, ``state`` what lasts from step to
+step. There is no reference beside it: that is :class:`vpfast.models.MSPN`. The kernel is csrc/mspn_step.
+"""
+
+from vpfast.ops._library import LIBRARY
+
+LIBRARY.define(
+    "mspn_step(Tensor program, Tensor(a!) arena, Tensor(b!) state, Tensor weights, Tensor frame, int pieces,"
+    " int threads) -> ()"
+)
