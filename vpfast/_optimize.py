@@ -1,5 +1,6 @@
 """The fastest exact inference of a model on the device that it is on."""
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,10 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
         if model._weight.is_cuda:
             return captured.optimize_mspn(model, dtype)
         return cpu.optimize_mspn(model, dtype)
-    if isinstance(model, SHRVQVAE) and model.autoencoder._weight.is_cuda:
-        return optimize_shrvqvae(model, dtype)
+    if isinstance(model, SHRVQVAE):
+        if model.autoencoder._weight.is_cuda:
+            return optimize_shrvqvae(model, dtype)
+        if dtype is not None:
+            raise TypeError("optimize takes an SHRVQVAE on the CPU in its own type: its kernels compute in float32")
+        return copy.deepcopy(model).eval().requires_grad_(False)
     raise TypeError(f"optimize takes an MSPN or an SHRVQVAE, got {type(model).__name__}")

@@ -158,7 +158,8 @@ class _Level:
     def __init__(self, weights: Weights, model: MSPN, level: int) -> None:
         module = model.levels[level]
         cell, head = module.cell, module.head
-        assert isinstance(cell, EDLSTMCell) and isinstance(head, nn.Conv2d)
+        assert isinstance(cell, EDLSTMCell)
+        assert isinstance(head, nn.Conv2d)
         self.weights = weights
         self.hidden = cell.hidden_channels
         self.gate_rows = _whole(cell.hidden_channels, LANES)
@@ -170,17 +171,14 @@ class _Level:
         self.kernel_size = stem.kernel_size[0]
         self.inputs = cell.in_channels
         self.stem = self._sum([beside, state], stem.bias)
-        self.encoder = [
-            (self._block(s.before), self._block(s.after)) for s in _stages(cell.encoder.stages, EncoderStage)
-        ]
+        self.encoder = [self._blocks(stage) for stage in _stages(cell.encoder.stages, EncoderStage)]
         self.share: _Sum | None = None
         if cell.share is not None:
             feature = cell.share.in_channels - cell.shared_channels
             self.share = self._sum(list(cell.share.weight.split([feature, cell.shared_channels], dim=1)), None)
         decoder = _stages(cell.decoder.stages, DecoderStage)
-        self.decoder = [(self._block(s.before), self._block(s.after), self._merge(s)) for s in decoder[:-1]]
-        last = decoder[-1]
-        self.decoder.append((self._block(last.before), self._block(last.after), self._gates(last)))
+        self.decoder = [(*self._blocks(stage), self._merge(stage)) for stage in decoder[:-1]]
+        self.decoder.append((*self._blocks(decoder[-1]), self._gates(decoder[-1])))
         self.head = self._sum([head.weight], head.bias)
 
     def _sum(self, kernels: list[Tensor], bias: Tensor | None) -> _Sum:
@@ -188,6 +186,9 @@ class _Level:
         if bias is None:
             bias = torch.zeros(outputs)
         return _Sum(tuple(map(self.weights.convolution, kernels)), self.weights.bias(bias), outputs)
+
+    def _blocks(self, stage: EncoderStage | DecoderStage) -> tuple[_Block, _Block]:
+        return self._block(stage.before), self._block(stage.after)
 
     def _block(self, block: nn.Module) -> _Block:
         assert isinstance(block, Bottleneck)
@@ -225,7 +226,8 @@ def _folded(layers: nn.Module) -> list[tuple[Tensor, Tensor]]:
             found.append((layer.weight.detach(), layer.bias.detach()))
         elif isinstance(layer, nn.BatchNorm2d):
             weight, bias = found[-1]
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             gain = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
             found[-1] = (weight * gain[:, None, None, None], (bias - layer.running_mean) * gain + layer.bias.detach())
     return found
