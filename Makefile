@@ -34,11 +34,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/ops/bench_edlstm_gates.py --save
-	$(BIN)/python benchmarks/ops/bench_codeword_search.py --save
-	$(BIN)/python benchmarks/ops/bench_masked_attention3d.py --save
-	$(BIN)/python benchmarks/models/bench_sampler.py --save
-	$(BIN)/python benchmarks/data/bench_loading.py --save
+	$(BIN)/vpfast bench --out benchmarks/results --plot
 
 # Installs nothing: the packages are those that PYTHON sees.
 gpu-check:

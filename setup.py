@@ -249,8 +249,13 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*"]), "vpfast.kernels"],
-        package_dir={"vpfast.kernels": "kernels"},
+        packages=[
+            *find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*", "vpfast.benchmarks*"]),
+            "vpfast.kernels",
+            "vpfast.benchmarks",
+            *(f"vpfast.benchmarks.{part}" for part in ("ops", "models", "data")),
+        ],
+        package_dir={"vpfast.kernels": "kernels", "vpfast.benchmarks": "benchmarks"},
         package_data={
             "": ["README.md"],
             "vpfast": ["py.typed"],

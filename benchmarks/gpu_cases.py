@@ -250,7 +250,7 @@ def served(serving: Any, device: str) -> list[str]:
 def tried(backend: str, look: Callable[..., str | None], *arguments: Any) -> str | None:
     """What ``look`` finds wrong under that backend, or the error it raised: other cases are looked at all the same."""
     try:
-        with vpfast.backend(backend):
+        with vpfast.backend(backend):  # type: ignore[arg-type]
             return look(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -10,6 +10,7 @@ memory, or takes more shared memory than such a GPU has for a block, is named, a
 import argparse
 import importlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -22,11 +23,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import harness
+from vpfast._files import write_file
+from vpfast.benchmarks.record import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 TARGETS = {"8.0": 80, "9.0a": 90, "10.0": 100}
 """Architectures as TORCH_CUDA_ARCH_LIST has them, and the compute capability that Triton is asked for."""
 SHARED_MEMORY = {"8.0": 163 * 1024, "9.0a": 227 * 1024, "10.0": 227 * 1024}
@@ -55,8 +58,9 @@ class CompilationError(Exception):
 
 
 @cache
-def setup() -> ModuleType:
+def setup() -> Any:
     spec = importlib.util.spec_from_file_location("vpfast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -89,7 +93,7 @@ def read_ptxas(said: str) -> Iterator[tuple[str, int, int, int, int]]:
     said = subprocess.run(["c++filt", "--no-params"], input=said, capture_output=True, text=True, check=True).stdout
     for part in said.split("Compiling entry function '")[1:]:
         name = re.sub(r"\(anonymous namespace\)::|^void |(?<!\w)vpfast::|\(.*", "", part[: part.index("' for '")])
-        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        registers = int(re.findall(r"Used (\d+) registers", part)[0])
         frames, spilled, shared = (
             max(map(int, re.findall(rf"(\d+) bytes {what}", part)), default=0)
             for what in ("stack frame", "spill stores", "smem")
@@ -114,7 +118,7 @@ def compile_triton(module: str, index: int, architecture: str) -> list[Row]:
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
-Job = tuple[str, Callable[..., list[Row]], tuple]
+Job = tuple[str, Callable[..., list[Row]], tuple[Any, ...]]
 
 
 def cuda_jobs(sources: list[str]) -> Iterator[Job]:
@@ -161,7 +165,7 @@ def table(rows: list[Row]) -> str:
     found = {(row.file, row.kernel, row.target): f"{row.registers} / {row.local} / {row.shared}" for row in rows}
     kernels = dict.fromkeys((row.file, row.kernel) for row in rows)
     lines = [[*kernel, *(found.get((*kernel, target), "") for target in TARGETS)] for kernel in kernels]
-    return harness.markdown_table(["file", "kernel", *TARGETS], lines)
+    return markdown_table(["file", "kernel", *TARGETS], lines)
 
 
 def tools() -> str:
@@ -197,7 +201,9 @@ def main() -> int:
     print(text)
     print(f"\n{len(jobs)} compilations in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     if arguments.save:
-        harness.save("gpu_resources", {"compilers": tools(), "rows": [asdict(row) for row in rows]}, text)
+        record = {"compilers": tools(), "rows": [asdict(row) for row in rows]}
+        write_file(RESULTS / "gpu_resources.json", json.dumps(record, indent=1) + "\n")
+        write_file(RESULTS / "gpu_resources.md", text + "\n")
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
 

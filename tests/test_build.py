@@ -33,7 +33,7 @@ def tree(tmp_path):
     target.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, target)
-    for name in ("vpfast", "csrc", "kernels"):
+    for name in ("vpfast", "csrc", "kernels", "benchmarks"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     return target
@@ -228,6 +228,8 @@ def test_sdist_and_wheel(tree):
         "vpfast/_build.json",
         "vpfast/kernels/__init__.py",
         "vpfast/kernels/_ahead_of_time.py",
+        "vpfast/benchmarks/registry.py",
+        "vpfast/benchmarks/ops/bench_edlstm_gates.py",
         "vpfast/ops/edlstm_gates/README.md",
         "vpfast/configs/mspn/moving-digits.yaml",
     ):
@@ -235,9 +237,11 @@ def test_sdist_and_wheel(tree):
     package = [name for name in names if ".dist-info/" not in name]
     assert all(name.startswith("vpfast/") for name in package)
     assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".css", ".js", ".json", ".typed"}
-    assert not [name for name in package if "test" in name]
+    assert not [name for name in package if "test" in name or "results" in name]
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     listing = subprocess.run(["tar", "tzf", sdist], capture_output=True, text=True, check=True).stdout
     assert "csrc/edlstm_gates/edlstm_gates_cpu.cpp" in listing
     assert "csrc/common/cuda_probe_cuda.cu" in listing
+    assert "benchmarks/models/bench_mspn.py" in listing
     assert "/tests/" not in listing
+    assert "/results/" not in listing

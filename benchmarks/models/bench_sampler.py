@@ -1,41 +1,69 @@
-"""Sampling of S-HR-VQVAE's codes: a forward pass for every code, the cached sampler of torch operators, vpfast's.
-
-    python benchmarks/models/bench_sampler.py [--save]
-
-Weights and codes are random, which costs what trained ones cost. "naive" is extrapolated: forward passes are timed on
-clips that end with the frame being sampled, for several of those frames, and interpolated between; a code costs one
-such pass. "eager" is the cached sampler with torch operators alone: backend "reference", and attention by
-scaled_dot_product_attention on the keys so far. "vpfast" is the sampler as it is. A position's step is the time of all
-frames but the first one, whose time holds the context's too, for each position in them. No figure is given when a
-contender's codes are wrong: they must be the likeliest at every position of a forward pass over the whole clip.
+"""Sampling of S-HR-VQVAE's codes: a forward pass for every code, the cached sampler of torch operators, vpfast's:
+``vpfast bench sampler``.
 """
 
-import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import harness
-
 import vpfast
+from vpfast.benchmarks.problem import (
+    OWN,
+    Bar,
+    Benchmark,
+    Call,
+    Case,
+    Check,
+    Growth,
+    Place,
+    Problem,
+    Row,
+    hold,
+    median,
+    ratio,
+)
 from vpfast.models import SHRVQVAEConfig, STPixelCNN
 from vpfast.models.shrvqvae import sample
 from vpfast.ops import Mask3d
 
 LATENT = {"mnist-3x4": (16, 16), "kth-3x8": (32, 32)}
+SMALL = (3, 4)
 NEAR = 1e-4
 """Logits nearer to each other than this may fall either way by rounding."""
+EAGER, NAIVE = "eager", "naive"
 
 Sampler = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``horizon`` frames from ``context``; the bars: microseconds a position, and times faster than eager."""
+
+    preset: str
+    context: int = 10
+    horizon: int = 10
+    batch: int = 1
+    naive: bool = True
+    most_us: float | None = None
+    faster: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.preset}, {self.context} -> {self.horizon} frames, B = {self.batch}"
+
+    def case(self) -> Case:
+        return Case(self.title, lambda place: problem(self, place))
+
+
+SETTINGS = (
+    Setting("mnist-3x4"),
+    Setting("kth-3x8", horizon=20, naive=False, most_us=100.0, faster=5.0),
+)
 
 
 def attention_on_keys_so_far(
@@ -43,12 +71,13 @@ def attention_on_keys_so_far(
 ) -> Tensor:
     """masked_attention3d_decode of the mask "raster", of torch operators."""
     seen = int(positions[-1]) + 1
-    visible = None if len(positions) == 1 else mask.visible(grid, positions)[:, :seen]
+    visible = None if len(positions) == 1 else mask.visible((grid[0], grid[1], grid[2]), positions)[:, :seen]
     return F.scaled_dot_product_attention(q, k[:, :, :seen], v[:, :, :seen], visible, scale=scale)
 
 
 @contextmanager
 def torch_operators() -> Iterator[None]:
+    """Backend "reference", and attention by scaled_dot_product_attention on the keys so far."""
     with (
         vpfast.backend("reference"),
         mock.patch("vpfast.nn.masked_attention3d.masked_attention3d_decode", attention_on_keys_so_far),
@@ -56,123 +85,160 @@ def torch_operators() -> Iterator[None]:
         yield
 
 
-def contenders(prior: STPixelCNN, codes: Tensor) -> dict[str, Sampler]:
+def samplers(prior: STPixelCNN, codes: Tensor) -> dict[str, Sampler]:
     def eager(horizon: int) -> Tensor:
         with torch_operators():
             return sample(prior, codes, horizon)
 
-    return {"eager": eager, "vpfast": lambda horizon: sample(prior, codes, horizon)}
+    return {OWN: lambda horizon: sample(prior, codes, horizon), EAGER: eager}
 
 
-@torch.inference_mode()
-def check(prior: STPixelCNN, codes: Tensor, name: str, sampled: Tensor) -> None:
-    logits = prior(torch.cat((codes, sampled), 1))[:, codes.shape[1] :]
-    behind = logits.amax(-1) - logits.gather(-1, sampled[..., None])[..., 0]
-    if not behind.max() < NEAR:
-        raise SystemExit(f"{name} is wrong: a code is {behind.max():.1e} behind the likeliest one: no figures")
+def flops_of(config: SHRVQVAEConfig, size: tuple[int, int], context: int, horizon: int) -> int:
+    """Of one clip, for the positions that are sampled: every weight of the prior once a position, a multiplication and
+    an addition each, those that all depths share once a depth; and 4 d for each key that an attention sees."""
+    prior = STPixelCNN(config)
+    shared = sum(p.numel() for p in prior.mlp.parameters() if p.dim() > 1)
+    looked_up = [*prior.embed.parameters(), *prior.parents.parameters()]
+    matrices = [p for p in prior.parameters() if p.dim() > 1 and not any(p is table for table in looked_up)]
+    weights = sum(p.numel() for p in matrices) + (config.layers - 1) * shared
+    cells = size[0] * size[1]
+    first, count = context * cells, horizon * cells
+    keys = count * first + count * (count + 1) // 2  # position p of the clip sees p + 1 keys, itself among them
+    attentions = len(prior.attentions) * 4 * config.prior_heads * config.prior_head_dim
+    return 2 * weights * count + attentions * keys
 
 
-@torch.inference_mode()
-def naive_seconds(prior: STPixelCNN, codes: Tensor, horizon: int, calls: int) -> tuple[float, dict[int, float]]:
-    """Of all forward passes, and the measured ones by the number of frames."""
-    batch, context, height, width, layers = codes.shape
-    measured = {}
+def bytes_of(config: SHRVQVAEConfig, size: tuple[int, int], context: int, horizon: int) -> int:
+    """Of one clip: keys and values, float32, read for every position that sees them."""
+    count, first = horizon * size[0] * size[1], context * size[0] * size[1]
+    keys = count * first + count * (count + 1) // 2
+    attentions = config.prior_blocks // config.prior_attention_every
+    return attentions * keys * 2 * config.prior_heads * config.prior_head_dim * 4
+
+
+def problem(setting: Setting, place: Place) -> Problem:
+    size = SMALL if place.small else LATENT[setting.preset]
+    context, horizon = (2, 3) if place.small else (setting.context, setting.horizon)
+    prior = STPixelCNN(SHRVQVAEConfig.preset(setting.preset)).eval().to(place.device)
+    config = prior.config
+    codes = torch.randint(config.codebook_size, (setting.batch, context, *size, config.layers), device=place.device)
+    calls: dict[str, Call] = {}
+    for name, sampler in samplers(prior, codes).items():
+        calls[name] = lambda sampler=sampler: (sampler(horizon),)  # type: ignore[misc]
+        calls[first_of(name)] = lambda sampler=sampler: (sampler(1),)  # type: ignore[misc]
+    passes = forward_passes(prior, codes, horizon) if setting.naive else {}
+    calls |= {f"a forward pass over {length} frames": call for length, call in passes.items()}
+
+    def finish(rows: list[Row]) -> Sequence[Bar]:
+        positions = size[0] * size[1] * setting.batch
+        for row in rows:
+            if (first := median(rows, first_of(row["contender"]))) is not None:
+                row["position_us"] = (row["p50_ms"] - first) * 1e3 / ((horizon - 1) * positions)
+        own, eager = (next(row for row in rows if row["contender"] == name) for name in (OWN, EAGER))
+        if setting.naive:
+            rows.append(naive(setting, rows, passes, context, horizon, positions * config.layers))
+        if setting.most_us is None or place.gpu or place.small:
+            return ()
+        return [
+            Bar(f"{setting.title}, a position", own["position_us"], setting.most_us, " us", at_most=True),
+            Bar(
+                f"{setting.title}, a position, times faster than eager",
+                ratio(eager["position_us"], own["position_us"]),
+                setting.faster or 1.0,
+            ),
+        ]
+
+    flops = setting.batch * flops_of(config, size, context, horizon)
+    moved = setting.batch * bytes_of(config, size, context, horizon)
+    helpers = frozenset(name for name in calls if name not in (OWN, EAGER))
+    return Problem(calls, likeliest(prior, codes), moved, flops, helpers=helpers, finish=finish)
+
+
+def likeliest(prior: STPixelCNN, codes: Tensor) -> Check:
+    """Codes must be the likeliest at every position of a forward pass over the whole clip."""
+
+    @torch.inference_mode()
+    def check(name: str, found: tuple[Tensor, ...]) -> None:
+        (sampled,) = found
+        if sampled.is_floating_point():  # the logits of a forward pass, which is what is held to
+            return
+        logits = prior(torch.cat((codes, sampled), 1))[:, codes.shape[1] :]
+        behind = logits.amax(-1) - logits.gather(-1, sampled[..., None])[..., 0]
+        hold(name, "a code is behind the likeliest one by", float(behind.max()), NEAR)
+
+    return check
+
+
+def first_of(name: str) -> str:
+    """What the contender is called that samples the first frame alone, which the context's time belongs to."""
+    return f"{name}, the first frame alone"
+
+
+def forward_passes(prior: STPixelCNN, codes: Tensor, horizon: int) -> dict[int, Call]:
+    """By the number of frames: one pass over clips that end with a frame that is to be sampled."""
+    batch, context, *rest = codes.shape
+    passes: dict[int, Call] = {}
     for length in sorted({context + 1, context + horizon, *(context + horizon * part // 3 for part in (1, 2))}):
-        clip = torch.randint(prior.config.codebook_size, (batch, length, height, width, layers))
-        prior(clip)
-        measured[length] = statistics.median(seconds(lambda clip=clip: prior(clip)) for _ in range(calls))
-    known = sorted(measured)
+        clip = torch.randint(prior.config.codebook_size, (batch, length, *rest), device=codes.device)
+
+        @torch.inference_mode()
+        def one(clip: Tensor = clip) -> tuple[Tensor, ...]:
+            return (prior(clip),)
+
+        passes[length] = one
+    return passes
+
+
+def naive(
+    setting: Setting, rows: Sequence[Row], passes: Mapping[int, Call], context: int, horizon: int, codes: int
+) -> Row:
+    """A forward pass for each of ``codes`` codes of every frame: some passes are timed, the rest interpolated."""
+    known = {length: median(rows, f"a forward pass over {length} frames") or 0.0 for length in passes}
     total = 0.0
     for length in range(context + 1, context + horizon + 1):
-        after = next(k for k in known if k >= length)
+        after = min(k for k in known if k >= length)
         before = max((k for k in known if k <= length), default=after)
         share = (length - before) / (after - before) if after > before else 0.0
-        total += (measured[before] + share * (measured[after] - measured[before])) * height * width * layers
-    return total, measured
+        total += (known[before] + share * (known[after] - known[before])) * codes
+    return {"case": setting.title, "contender": NAIVE, "p50_ms": total, "extrapolated": True}
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def growth(place: Place) -> Iterator[Growth]:
+    preset, context = "mnist-3x4", 10
+    height, width = SMALL if place.small else LATENT[preset]
+    settings = {horizon * height * width: Setting(preset, context, horizon) for horizon in (1, 2, 4, 8, 16)}
+    sizes = {positions: growing(setting) for positions, setting in settings.items()}
+    yield Growth(f"{preset}, from {context} frames", "positions sampled", sizes, {"time": 1.0})
 
 
-def measure(preset: str, batch: int, context: int, horizon: int, rounds: int) -> list[dict]:
-    torch.manual_seed(0)
-    prior = STPixelCNN(SHRVQVAEConfig.preset(preset)).eval()
-    config = prior.config
-    codes = torch.randint(config.codebook_size, (batch, context, *LATENT[preset], config.layers))
-    samplers = contenders(prior, codes)
-    for name, sampler in samplers.items():
-        check(prior, codes, name, sampler(horizon))
+def growing(setting: Setting) -> Case:
+    """The two samplers alone, of all frames."""
 
-    times: dict[str, dict[int, list[float]]] = {name: {1: [], horizon: []} for name in samplers}
-    for _ in range(rounds):
-        for name, sampler in samplers.items():
-            for length, measured in times[name].items():
-                measured.append(seconds(lambda sampler=sampler, length=length: sampler(length)))
-    case = {"preset": preset, "batch": batch, "context": context, "horizon": horizon}
-    total, calls = naive_seconds(prior, codes, horizon, calls=3)
-    rows = [{**case, "who": "naive", "seconds": total, "forward_seconds_by_frames": calls}]
-    positions = (horizon - 1) * codes[0, 0, ..., 0].numel()
-    for name, measured in times.items():
-        whole = statistics.median(measured[horizon])
-        step = statistics.median(a - b for a, b in zip(measured[horizon], measured[1], strict=True)) / positions
-        spread = [min(measured[horizon]), max(measured[horizon])]
-        rows.append({**case, "who": name, "seconds": whole, "spread": spread, "position_ms": step * 1e3})
-    return rows
+    def prepare(place: Place) -> Problem:
+        prior = STPixelCNN(SHRVQVAEConfig.preset(setting.preset)).eval().to(place.device)
+        size = SMALL if place.small else LATENT[setting.preset]
+        shape = (setting.batch, setting.context, *size, prior.config.layers)
+        codes = torch.randint(prior.config.codebook_size, shape, device=place.device)
+        whole = samplers(prior, codes)
+        calls: dict[str, Call] = {
+            name: lambda sampler=sampler: (sampler(setting.horizon),)  # type: ignore[misc]
+            for name, sampler in whole.items()
+        }
+        return Problem(calls, likeliest(prior, codes))
+
+    return Case(setting.title, prepare)
 
 
-def table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        same = {r["who"]: r for r in rows if all(r[k] == row[k] for k in ("preset", "batch", "context", "horizon"))}
-        against_eager = same["eager"]["position_ms"] / row["position_ms"] if "position_ms" in row else None
-        lines.append(
-            [
-                row["preset"],
-                str(row["batch"]),
-                f"{row['context']} -> {row['horizon']}",
-                row["who"],
-                f"{row['seconds']:.3f}",
-                f"{row['spread'][0]:.3f}-{row['spread'][1]:.3f}" if "spread" in row else "extrapolated",
-                f"{same['naive']['seconds'] / row['seconds']:.0f}x",
-                f"{row['position_ms']:.4f}" if "position_ms" in row else "-",
-                f"{against_eager:.1f}x" if against_eager is not None else "-",
-            ]
-        )
-    header = ["preset", "batch", "frames", "who", "s", "least-most", "against naive", "ms a position", "against eager"]
-    return harness.markdown_table(header, lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="keep the record under benchmarks/results/")
-    parser.add_argument("--presets", nargs="+", default=["mnist-3x4"], choices=LATENT, help="whose prior is sampled")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="clips at a time")
-    parser.add_argument("--context", type=int, default=10, help="frames given")
-    parser.add_argument("--horizon", type=int, default=10, help="frames sampled, at least 2")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each contender samples")
-    arguments = parser.parse_args()
-    if arguments.horizon < 2:
-        parser.error(f"--horizon must be at least 2 to tell a position's step, got {arguments.horizon}")
-
-    harness.allocator("recycled")
-    rows = []
-    for preset in arguments.presets:
-        for batch in arguments.batch:
-            rows += measure(preset, batch, arguments.context, arguments.horizon, arguments.rounds)
-    machine = harness.machine()
-    told = ", ".join(f"{key} {value}" for key, value in machine.items())
-    how = (
-        "Medians over rounds in which the contenders take turns; the whole time is from the context's codes to the "
-        f"last sampled one. {told}."
-    )
-    text = f"# Sampling S-HR-VQVAE's codes, float32\n\n{how}\n\n{table(rows)}"
-    print(text)
-    if arguments.save:
-        harness.save("sampler_cpu", {"machine": machine, "rows": rows}, text)
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="sampler",
+    about="Sampling S-HR-VQVAE's codes position by position, beside the same sampler of PyTorch's operators",
+    note=(
+        "float32; weights and codes are random, which costs what trained ones cost. `eager` is the cached sampler with "
+        "torch's operators alone. A position's time is that of all frames but the first one, whose time holds the "
+        "context's too, for each position in them. `naive` is a forward pass for every code: passes are timed on clips "
+        "that end with the frame being sampled, for several of those frames, and interpolated between. Bytes are keys "
+        "and values read."
+    ),
+    cases=lambda place: [setting.case() for setting in SETTINGS],
+    growth=lambda place: list(growth(place)),
+)

@@ -1,0 +1,1 @@
+"""Benchmarks of how clips reach a network."""

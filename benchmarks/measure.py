@@ -1,0 +1,208 @@
+"""From cases to rows: look whether results are right, then let contenders take turns."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vpfast.benchmarks import gpu, harness
+from vpfast.benchmarks.problem import (
+    OWN,
+    Bar,
+    Benchmark,
+    Call,
+    Case,
+    Growth,
+    OwnCase,
+    Place,
+    Problem,
+    Row,
+    WrongResultError,
+    in_words,
+    median,
+)
+
+COPY, PRODUCT = "copy", "matrix product"
+MATRIX = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of the matrices whose product is the measure of arithmetic."""
+SLOWEST_LOOKED_AT = 20.0  # seconds of a call, beyond which its memory is not looked at
+GROWTH_SHARE = 0.25  # of the seconds of a case, for each size of a growth
+
+
+def of_benchmark(
+    benchmark: Benchmark, place: Place, seconds: float, chosen: Sequence[str] = (), tell: Callable[[str], None] = print
+) -> tuple[list[Row], list[Bar]]:
+    """The rows and bars of the cases and growths whose titles contain one of ``chosen``, all of them if it is empty.
+
+    ``tell`` hears the title of each before it begins.
+
+    Raises:
+        WrongResultError: a contender's result is wrong; the message names the case.
+        ValueError: no title contains what was chosen; the message lists the titles.
+    """
+    rows: list[Row] = []
+    bars: list[Bar] = []
+    for title, work in _chosen(benchmark, place, seconds, chosen):
+        tell(title)
+        try:
+            found_rows, found_bars = work()
+        except WrongResultError as error:
+            raise WrongResultError(f"{title}: {error}") from error
+        rows += found_rows
+        bars += found_bars
+    return rows, bars
+
+
+Work = Callable[[], tuple[list[Row], list[Bar]]]
+
+
+def _chosen(benchmark: Benchmark, place: Place, seconds: float, chosen: Sequence[str]) -> Iterable[tuple[str, Work]]:
+    works: dict[str, Work] = {}
+    for case in benchmark.cases(place):
+        works[case.title] = _work(case, place, seconds)
+    for growth in benchmark.growth(place):
+        works[growth.name] = lambda growth=growth: (_of_growth(growth, place, seconds), [])  # type: ignore[misc]
+    for text in chosen:
+        if not any(text in title for title in works):
+            raise ValueError(f"--case {text}: {benchmark.name} has no such case; there are: {'; '.join(works)}")
+    return [(title, work) for title, work in works.items() if not chosen or any(text in title for text in chosen)]
+
+
+def titles(benchmark: Benchmark, place: Place) -> list[str]:
+    """Of all cases and growths."""
+    return [title for title, _ in _chosen(benchmark, place, 0.0, ())]
+
+
+def _work(case: Case | OwnCase, place: Place, seconds: float) -> Work:
+    if isinstance(case, OwnCase):
+        return lambda: case.measure(place, seconds)
+    return lambda: of_case(case, place, seconds)
+
+
+def _of_growth(growth: Growth, place: Place, seconds: float) -> list[Row]:
+    rows = []
+    for size, case in growth.cases.items():
+        found, _ = of_case(case, place, seconds * GROWTH_SHARE, floors=False)
+        rows += [{**row, "growth": growth.name, "over": growth.over, "size": size} for row in found]
+    return rows
+
+
+def of_case(case: Case, place: Place, seconds: float, floors: bool = True) -> tuple[list[Row], list[Bar]]:
+    """The rows of one case, a contender each. ``floors``: with what the machine does at best, and the shares of it.
+
+    Raises:
+        WrongResultError: a contender's result is wrong.
+    """
+    if not place.gpu:
+        harness.allocator(case.memory)
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    problem = case.prepare(place)
+    running, peaks = looked_at(problem, place)
+    best = _floors(problem, place, running) if floors else {}
+    calls = {**{name: floor.call for name, floor in best.items()}, **running}
+    timings: Any = (
+        gpu.time_calls(calls, place.device, seconds) if place.gpu else harness.time_side_by_side(calls, seconds)
+    )
+    rows: list[Row] = [{"case": case.title, "contender": name, **asdict(timing)} for name, timing in timings.items()]
+    _add_work(rows, problem, best)
+    for row in rows:
+        if (peak := peaks.get(row["contender"])) is not None:
+            row["peak_bytes"] = peak
+        row.update(problem.figures.get(row["contender"], {}))
+    bars = list(problem.finish(rows))
+    _add_ratios(rows, problem)
+    rows += [{"case": case.title, "contender": name, "absent": why} for name, why in problem.absent.items()]
+    return rows, bars
+
+
+def looked_at(problem: Problem, place: Place) -> tuple[dict[str, Call], dict[str, int | None]]:
+    """The contenders whose results were looked at and are right, and what memory each takes beyond its results.
+
+    A peer that does not run here is told in ``problem.absent``; vpfast has to run.
+    """
+    running, peaks = {}, {}
+    for name, call in problem.contenders.items():
+        found: list[Any] = []
+        try:
+            took = harness.seconds_of(lambda call=call, found=found: found.append(call()))  # type: ignore[misc]
+        except Exception as error:
+            if name.startswith(OWN):
+                raise
+            problem.absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        problem.check(name, found.pop())
+        running[name] = call
+        if took < SLOWEST_LOOKED_AT and place.device == "cpu":
+            peaks[name] = harness.peak_memory(call)
+        elif place.device == "cuda":
+            peaks[name] = gpu.peak_memory(call)
+    return running, peaks
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """What the machine does at best, timed in the same run."""
+
+    call: Call
+    flops: int | None = None
+
+
+def _floors(problem: Problem, place: Place, running: Iterable[str]) -> dict[str, _Floor]:
+    floors = {}
+    if problem.moved is not None:
+        if place.gpu:
+            floors[COPY] = _Floor(gpu.copying(problem.moved, place.device))
+        else:
+            source = torch.randn(max(problem.moved // 8, 1))
+            floors[COPY] = _Floor(lambda: (source.clone(),))
+    if problem.flops is not None:
+        size = 64 if place.small else MATRIX[place.device]
+        for dtype in dict.fromkeys(problem.dtypes.get(name, problem.dtype) for name in running):
+            square = torch.randn(size, size, device=place.device).to(dtype)
+            floors[_product(dtype)] = _Floor(lambda square=square: (square @ square,), 2 * size**3)  # type: ignore[misc]
+    return floors
+
+
+def _product(dtype: torch.dtype) -> str:
+    return f"{PRODUCT}, {in_words(dtype)}"
+
+
+def is_floor(contender: str) -> bool:
+    """Is this what the machine does at best, and no contender?"""
+    return contender == COPY or contender.startswith(PRODUCT)
+
+
+def _add_work(rows: list[Row], problem: Problem, floors: Mapping[str, _Floor]) -> None:
+    """Bytes and operations, their rates, and the shares of what the machine did at best in the same run."""
+    copy = median(rows, COPY)
+    rates = {
+        row["contender"]: floor.flops / row["p50_ms"] / 1e9
+        for row in rows
+        if (floor := floors.get(row["contender"])) is not None and floor.flops is not None
+    }
+    for row in rows:
+        name = row["contender"]
+        if name in rates:
+            row |= {"flops": floors[name].flops, "tflop_s": rates[name], "matmul_share": 1.0}
+            continue
+        if name in problem.helpers:
+            continue
+        if problem.moved is not None:
+            row |= {"bytes": problem.moved, "gb_s": problem.moved / row["p50_ms"] / 1e6}
+        if copy is not None:
+            row["copy_share"] = copy / row["p50_ms"]
+        if problem.flops is not None and name != COPY:
+            row |= {"flops": problem.flops, "tflop_s": problem.flops / row["p50_ms"] / 1e9}
+            if (product := _product(problem.dtypes.get(name, problem.dtype))) in rates:
+                row["matmul_share"] = row["tflop_s"] / rates[product]
+
+
+def _add_ratios(rows: list[Row], problem: Problem) -> None:
+    """``ratio``: a contender's median over that of vpfast; above 1 vpfast is the faster one."""
+    own = median(rows, OWN)
+    for row in rows:
+        alone = is_floor(row["contender"]) or row["contender"] in problem.helpers
+        if own is not None and "p50_ms" in row and not alone:
+            row["ratio"] = row["p50_ms"] / own
