@@ -231,6 +231,7 @@ STEPS: dict[str, Callable[[Check], Outcome]] = {
     "edlstm_gates": benchmark("edlstm_gates", 60),
     "codeword_search": benchmark("codeword_search", 60),
     "masked_attention3d": benchmark("masked_attention3d", 150),
+    "graphs": benchmark("graphs", 120),
     "memcheck": sanitizer("memcheck", 75),
     "racecheck": sanitizer("racecheck", 75),
     "other-tests": other_tests,

@@ -13,6 +13,7 @@ MODULES = {
     "hrvqvae": "models.bench_hrvqvae",
     "sampler": "models.bench_sampler",
     "stream": "models.bench_stream",
+    "graphs": "models.bench_graphs",
     "loading": "data.bench_loading",
 }
 """Where each is; an operator's is called as the operator."""

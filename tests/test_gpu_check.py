@@ -129,3 +129,7 @@ def test_tests_that_cannot_be_collected_fail(gpu_check, check, tmp_path):
 def test_every_benchmark_is_among_the_steps(gpu_check, op):
     assert op in gpu_check.STEPS
     assert (ROOT / "benchmarks" / "ops" / f"bench_{op}.py").is_file()
+
+
+def test_the_recorded_models_are_among_the_steps(gpu_check):
+    assert "graphs" in gpu_check.STEPS
