@@ -32,7 +32,7 @@ HALF = f"{OWN}, bfloat16"
 EAGER, COMPILED = "eager", "torch.compile, frozen"
 CONVOLUTIONS = "its convolutions, each alone"
 STEP_LIMIT = 5e-2  # Adam's first step is the gradients' signs, and those of some near 0 are rounding's
-LIMIT = 1e-4  # of the difference between predictions in float32
+LIMIT = 1e-4  # of the difference between predictions in float32, in parts of their range
 PSNR = 40.0  # of a prediction in bfloat16 beside the same in float32
 CONVOLUTION_SECONDS = 10.0  # for all convolutions of a network, each alone
 
@@ -56,10 +56,8 @@ class Setting:
         return f"{self.preset}, {frames}, B = {self.batch}"
 
     def network(self, place: Place) -> MSPN:
-        """With random weights, whose predictions move as those of a trained one."""
         torch.manual_seed(0)
-        preset = "compact" if place.small else self.preset
-        return MSPN(MSPNConfig.preset(preset)).eval().to(place.device)
+        return lively("compact" if place.small else self.preset).to(place.device)
 
     def case(self) -> Case:
         return Case(self.title, lambda place: predicting(self, place))
@@ -79,6 +77,15 @@ SETTINGS = (
     Setting("released-default", 1, bar=2.0, half_bar=3.5),
 )
 SMALL = Setting("compact", 1, 2, 2, 16)
+
+
+def lively(preset: str) -> MSPN:
+    """An MSPN with random weights that keep the size of what passes: as PyTorch draws them, predictions hardly move."""
+    model = MSPN(MSPNConfig.preset(preset)).eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=1.0)
+    return model
 
 
 # --- predicting -------------------------------------------------------------------------------------------------------
@@ -111,7 +118,7 @@ def predicting(setting: Setting, place: Place, peers: Sequence[str] = (EAGER, CO
             if not figures[name]["psnr_db"] > PSNR:
                 raise WrongResultError(f"{name} is wrong (PSNR {figures[name]['psnr_db']:.1f} dB, limit {PSNR:g} dB)")
             return
-        hold(name, "largest difference", float((found[0] - right).abs().max()), LIMIT)
+        hold(name, "largest difference", float((found[0] - right).abs().max()) / spread(right), LIMIT)
 
     def finish(rows: list[Row]) -> Sequence[Bar]:
         if HALF not in peers:
@@ -176,8 +183,13 @@ def frozen(model: MSPN) -> Callable[[Tensor, int], Tensor]:
 
 
 def psnr(found: Tensor, wanted: Tensor) -> float:
-    """Of pictures in [0, 1], in dB."""
-    return float(-10 * (found.double() - wanted.double()).square().mean().log10())
+    """In dB, where the data range is that of ``wanted``: predictions of untrained networks are small."""
+    return float(-10 * ((found.double() - wanted.double()) / spread(wanted)).square().mean().log10())
+
+
+def spread(picture: Tensor) -> float:
+    """From the lowest to the highest value."""
+    return float(picture.max() - picture.min())
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -299,10 +311,11 @@ BENCHMARK = Benchmark(
     name="mspn",
     about="MSPN end to end: prediction by vpfast.optimize and a training step, beside eager PyTorch and torch.compile",
     note=(
-        "Random weights; eager and compiled are plain modules in NCHW with the gating in PyTorch's operators, compiled "
-        "step by step with freezing. Operations are those of the convolutions. `its convolutions, each alone`: the "
-        "time of all steps' convolutions where each distinct one is called alone, in channels_last with packed "
-        "weights, in the same run; the share is of their rate."
+        "Random weights: PSNR and differences are in parts of the range of eager's prediction. Eager and compiled are "
+        "plain modules in NCHW with the gating in PyTorch's operators, compiled step by step with freezing. Operations "
+        "are those of the convolutions. `its convolutions, each alone`: the time of all steps' convolutions where each "
+        "distinct one is called alone, in channels_last with packed weights, in the same run; the share is of their "
+        "rate."
     ),
     cases=cases,
     growth=growth,
