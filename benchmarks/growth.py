@@ -7,6 +7,8 @@ from typing import Any
 from vpfast.benchmarks.problem import Row
 
 FIGURES = {"time": "p50_ms", "memory": "peak_bytes"}
+LOWEST = {"time": 0.0, "memory": 1e5}
+"""What is not above is left out of a fit: a few pages more or less are the allocator's."""
 
 
 def fit(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
@@ -29,13 +31,13 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float, 
 
 
 def slopes(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of time and memory of every contender in every growth among ``rows``, where there are three positive values."""
+    """Of time and memory of every contender in every growth among ``rows``, where there are three values to fit."""
     found = []
     grown = [row for row in rows if "growth" in row]
     for growth, contender in dict.fromkeys((row["growth"], row["contender"]) for row in grown):
         same = [row for row in grown if (row["growth"], row["contender"]) == (growth, contender)]
         for of, key in FIGURES.items():
-            points = [(row["size"], row[key]) for row in same if row.get(key)]
+            points = [(row["size"], row[key]) for row in same if (row.get(key) or 0) > LOWEST[of]]
             if len(points) < 3:
                 continue
             slope, error, intercept = fit(*zip(*points, strict=True))

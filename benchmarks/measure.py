@@ -26,6 +26,7 @@ from vpfast.benchmarks.problem import (
 COPY, PRODUCT = "copy", "matrix product"
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product is the measure of arithmetic."""
+MOST_COPIED = 2**28  # bytes; beyond, the rate of a copy no longer changes
 SLOWEST_LOOKED_AT = 20.0  # seconds of a call, beyond which its memory is not looked at
 GROWTH_SHARE = 0.25  # of the seconds of a case, for each size of a growth
 
@@ -146,22 +147,23 @@ class _Floor:
     """What the machine does at best, timed in the same run."""
 
     call: Call
+    moved: int | None = None
     flops: int | None = None
 
 
 def _floors(problem: Problem, place: Place, running: Iterable[str]) -> dict[str, _Floor]:
     floors = {}
     if problem.moved is not None:
-        if place.gpu:
-            floors[COPY] = _Floor(gpu.copying(problem.moved, place.device))
-        else:
-            source = torch.randn(max(problem.moved // 8, 1))
-            floors[COPY] = _Floor(lambda: (source.clone(),))
+        moved = min(problem.moved, MOST_COPIED)
+        source = torch.randn(max(moved // 8, 1))
+        call: Call = gpu.copying(moved, place.device) if place.gpu else lambda: (source.clone(),)
+        floors[COPY] = _Floor(call, moved=8 * len(source))
     if problem.flops is not None:
         size = 64 if place.small else MATRIX[place.device]
         for dtype in dict.fromkeys(problem.dtypes.get(name, problem.dtype) for name in running):
             square = torch.randn(size, size, device=place.device).to(dtype)
-            floors[_product(dtype)] = _Floor(lambda square=square: (square @ square,), 2 * size**3)  # type: ignore[misc]
+            product: Call = lambda square=square: (square @ square,)  # type: ignore[misc]  # noqa: E731
+            floors[_product(dtype)] = _Floor(product, flops=2 * size**3)
     return floors
 
 
@@ -176,27 +178,24 @@ def is_floor(contender: str) -> bool:
 
 def _add_work(rows: list[Row], problem: Problem, floors: Mapping[str, _Floor]) -> None:
     """Bytes and operations, their rates, and the shares of what the machine did at best in the same run."""
-    copy = median(rows, COPY)
-    rates = {
-        row["contender"]: floor.flops / row["p50_ms"] / 1e9
-        for row in rows
-        if (floor := floors.get(row["contender"])) is not None and floor.flops is not None
-    }
     for row in rows:
         name = row["contender"]
-        if name in rates:
-            row |= {"flops": floors[name].flops, "tflop_s": rates[name], "matmul_share": 1.0}
-            continue
         if name in problem.helpers:
+            row["helper"] = True
             continue
-        if problem.moved is not None:
-            row |= {"bytes": problem.moved, "gb_s": problem.moved / row["p50_ms"] / 1e6}
-        if copy is not None:
-            row["copy_share"] = copy / row["p50_ms"]
-        if problem.flops is not None and name != COPY:
-            row |= {"flops": problem.flops, "tflop_s": problem.flops / row["p50_ms"] / 1e9}
-            if (product := _product(problem.dtypes.get(name, problem.dtype))) in rates:
-                row["matmul_share"] = row["tflop_s"] / rates[product]
+        done = floors.get(name, _Floor(lambda: (), problem.moved, problem.flops))
+        if done.moved is not None:
+            row |= {"bytes": done.moved, "gb_s": done.moved / row["p50_ms"] / 1e6}
+        if done.flops is not None:
+            row |= {"flops": done.flops, "tflop_s": done.flops / row["p50_ms"] / 1e9}
+    found = {row["contender"]: row for row in rows}
+    for row in rows:
+        if COPY in found and "gb_s" in row:
+            row["copy_share"] = row["gb_s"] / found[COPY]["gb_s"]
+        name = row["contender"]
+        product = name if is_floor(name) else _product(problem.dtypes.get(name, problem.dtype))
+        if product in found and "tflop_s" in row:
+            row["matmul_share"] = row["tflop_s"] / found[product]["tflop_s"]
 
 
 def _add_ratios(rows: list[Row], problem: Problem) -> None:

@@ -45,7 +45,8 @@ def write_all(record: Record, folder: Path) -> list[Path]:
 
 def bars(record: Record) -> Any:
     """Milliseconds of every contender, a panel a case, on logarithmic scales; None without timings."""
-    rows = [row for row in record["rows"] if "growth" not in row and row.get("p50_ms")]
+    rows = [row for row in record["rows"] if "growth" not in row and row.get("p50_ms") and not row.get("helper")]
+    rows = [row for row in rows if not row["contender"].startswith(PRODUCT)]  # of other work than the case's
     cases = {case: _sorted([row for row in rows if row["case"] == case]) for case in _unique(rows, "case")}
     if not cases:
         return None
@@ -56,7 +57,8 @@ def bars(record: Record) -> Any:
     width, height = _PANEL_W * len(columns), top + max(sum(heights[case] for case in column) for column in columns)
     figure = figure_class()(figsize=(width, height), dpi=DPI, facecolor="white")
     _headline(figure, record, "milliseconds a call; less is better", width, height)
-    key = "medians; black: 20th to 80th percentile; in brackets: times vpfast's; hatched: what the machine does at best"
+    key = "medians; black: 20th to 80th percentile; in brackets: times vpfast's; hatched: copying as many bytes"
+    key += "; ≈: extrapolated" if any(row.get("extrapolated") for row in rows) else ""
     figure.text(0.15 / width, 1 - 0.62 / height, key, va="center", color=GREY, fontsize=8.5)
     for number, column in enumerate(columns):
         y = top
@@ -85,7 +87,7 @@ def _panel_of_bars(axes: Any, rows: Sequence[Row]) -> None:
             axes.patches[-1].set(hatch=hatch, edgecolor="#9aa3af", linewidth=0.6)
         if row.get("p20_ms") is not None:
             axes.plot((row["p20_ms"], row["p80_ms"]), (at, at), color=INK, linewidth=1.2, solid_capstyle="butt")
-        label = three_digits(row["p50_ms"]) + (" (extrapolated)" if row.get("extrapolated") else "")
+        label = ("≈ " if row.get("extrapolated") else "") + three_digits(row["p50_ms"])
         label += f"  {_times(row['ratio'])}" if row.get("ratio") and row["contender"] != OWN else ""
         weight = "bold" if own else "normal"
         axes.text(1.02, at, label, va="center", color=INK, fontsize=8, fontweight=weight, transform=_beside(axes))
@@ -148,6 +150,8 @@ def roofline(record: Record) -> Any:
     axes = figure.add_axes(_fraction((0.85, 0.85, 5.9, min(height, 6.6) - 1.5), width, height))
     _roofs(axes, rows, floors, copy)
     _points(axes, rows, cases)
+    _in_plain_numbers(axes.xaxis)
+    _in_plain_numbers(axes.yaxis)
     axes.set_xlabel("operations a byte that must move (FLOP/B)", color=GREY, fontsize=9)
     axes.set_ylabel("operations a second (GFLOP/s)", color=GREY, fontsize=9)
     _plain(axes)
@@ -280,6 +284,13 @@ def _panel_of_growth(
     axes.set_ylabel("time, ms" if of == "time" else "memory beyond inputs and results, MB", color=GREY, fontsize=9)
     _plain(axes)
     _label_ends(axes, ends)
+    grown = [row for row in record["rows"] if row.get("growth") == name and row.get(key) is not None]
+    nothing = [
+        who for who in _unique(grown, "contender") if not any(row[key] for row in grown if row["contender"] == who)
+    ]
+    if nothing:
+        text = f"{', '.join(nothing)}: nothing at any size"
+        axes.text(0.03, 0.04, text, color=INK, fontsize=8, transform=axes.transAxes)
 
 
 def _label_ends(axes: Any, ends: dict[str, tuple[tuple[float, float], str]]) -> None:

@@ -145,3 +145,27 @@ def test_bars_say_whether_they_are_met():
     assert str(Bar("speed", 2.0, 1.5)) == "bar: speed: 2.00x, wanted at least 1.5x: met"
     assert str(Bar("time", 2.0, 1.5, " ms", at_most=True)).endswith("wanted at most 1.5 ms: not met")
     assert str(Bar("speed", None, 1.5)).endswith("not measured, not met")
+
+
+def test_what_is_timed_for_what_follows_from_it_has_no_rates():
+    def prepare(place):
+        calls = {OWN: lambda: (torch.ones(1),), "a part": lambda: (torch.ones(1),)}
+        helpers = frozenset({"a part"})
+        return Problem(calls, lambda name, found: None, moved=8, flops=1, helpers=helpers)
+
+    rows, _ = measure.of_case(Case("x", prepare), SMALL, 0.001)
+    part = next(row for row in rows if row["contender"] == "a part")
+    assert part["helper"]
+    assert not {"gb_s", "tflop_s", "ratio", "copy_share"} & set(part)
+
+
+def test_a_copy_is_no_larger_than_tells_its_rate(monkeypatch):
+    monkeypatch.setattr(measure, "MOST_COPIED", 800)
+
+    def prepare(place):
+        return Problem({OWN: lambda: (torch.ones(1),)}, lambda name, found: None, moved=10**15)
+
+    rows, _ = measure.of_case(Case("x", prepare), SMALL, 0.001)
+    copy, own = rows
+    assert (copy["bytes"], own["bytes"]) == (800, 10**15)
+    assert own["copy_share"] == pytest.approx(own["gb_s"] / copy["gb_s"])
