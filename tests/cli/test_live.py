@@ -16,6 +16,22 @@ from vpfast.cli import _live
 from vpfast.data import read_video
 from vpfast.metrics import VideoMetrics
 from vpfast.models import MSPN, MSPNConfig
+from vpfast.training import DataConfig, TrainConfig, checkpoint
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """An untrained network for 16x24 grey frames whose predictions are neither all black nor all alike."""
+    folder = tmp_path_factory.mktemp("lively-weights")
+    torch.manual_seed(0)
+    model = MSPN(MSPNConfig(in_channels=1, channels=(4, 8), levels=1, hidden_channels=4))
+    with torch.no_grad():
+        for level in model.levels:
+            level.head.weight.mul_(30)
+            level.head.bias.fill_(0.5)
+    data = DataConfig(kind="video-folder", root="x", size=(16, 24))
+    checkpoint.write_weights(folder, model, TrainConfig(data=data, context=3, horizon=2, val_every=0))
+    return folder
 
 
 @pytest.fixture
@@ -52,6 +68,7 @@ def test_errors_are_those_of_a_stream(live, request, video, kind, horizon):
     for frame in real:
         stream.push(frame)
         predictions.append(stream.rollout(horizon)[-1].clamp(0, 1))
+    assert torch.stack(predictions).std() > 0.02
     assert said["errors"]["prediction"] == metrics(torch.stack(predictions[:-horizon]), real[horizon:])
     assert said["errors"]["repeat last frame"] == metrics(real[:-horizon], real[horizon:])
     assert said["frames_measured"] == 12 - horizon
@@ -206,7 +223,7 @@ def test_options_that_do_not_go_with_live(refused, weights, video, args):
     assert f"{args[0]} does not go with --live" in refused("predict", video, "--weights", weights, "--live", *args)
 
 
-@pytest.mark.parametrize("args", [["--frames", 3], ["--loop"], ["--pace"], ["--json"]])
+@pytest.mark.parametrize("args", [["--frames", 3], ["--loop"], ["--pace"], ["--bfloat16"], ["--json"]])
 def test_options_that_go_only_with_live(refused, weights, video, tmp_path, args):
     said = refused("predict", video, "--weights", weights, "--out", tmp_path / "out", *args)
     assert f"{args[0]} goes only with --live" in said
@@ -234,6 +251,15 @@ def test_a_film_that_exists_is_kept_unless_forced(refused, live, weights, video,
     assert out.read_text() == "x"
     assert live("--out", out, "--force", "--frames", 2)[0] == 0
     assert read_video(out).shape[0] == 3
+
+
+def test_bfloat16_is_near_float32_and_not_for_codes(live, refused, future_weights, video):
+    exact, fast = (json.loads(live("--json", *args)[1])["errors"] for args in ([], ["--bfloat16"]))
+    assert fast["prediction"]["mse"] != exact["prediction"]["mse"]
+    assert fast["prediction"]["mse"] == pytest.approx(exact["prediction"]["mse"], rel=0.02)
+    assert fast["repeat last frame"] == exact["repeat last frame"]
+    said = refused("predict", video, "--weights", future_weights, "--live", "--bfloat16")
+    assert "--bfloat16 goes with an MSPN alone" in said
 
 
 def test_without_live_a_folder_is_needed(refused, weights, video):

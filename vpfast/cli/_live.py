@@ -50,6 +50,8 @@ def run(options: Any) -> int:
     model, trained = read_weights(options.weights, MSPN, SHRVQVAE)
     assert isinstance(model, MSPN | SHRVQVAE)
     context = _context(options.context, model, trained)
+    if options.bfloat16 and not isinstance(model, MSPN):
+        raise ValueError("--bfloat16 goes with an MSPN alone; an S-HR-VQVAE's codes are chosen in float32")
     rate = options.fps or frame_rate(options.video) or FPS
     size, fit, channels = frame_size(options.size, trained), fit_of(trained), model.config.in_channels
     frames = Frames(
@@ -59,7 +61,8 @@ def run(options: Any) -> int:
         rate if options.pace else None,
     )
     device = pick_device(options.device)
-    watcher = Watcher(Stream(optimize(model.to(device)), context), options.horizon, device)
+    fast = optimize(model.to(device), torch.bfloat16 if options.bfloat16 else None)
+    watcher = Watcher(Stream(fast, context), options.horizon, device)
     with caught_signals() as caught, film(options.out, rate, options.horizon) as show:
         watcher.watch(frames, show, caught)
     told = {

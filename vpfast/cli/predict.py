@@ -41,7 +41,7 @@ hand: what was seen is told, and the film is whole."""
 # What an output folder holds, and all that --force may take away with it.
 FILES = frozenset({"prediction.npy", "prediction.gif", "prediction.mp4", "strip.png"})
 
-_ONLY_LIVE = ("frames", "loop", "pace", "json")
+_ONLY_LIVE = ("frames", "loop", "pace", "bfloat16", "json")
 _NEVER_LIVE = ("start", "temperature", "top_k", "futures", "seed")
 
 
@@ -114,6 +114,7 @@ def _parse(argv: Sequence[str]) -> Any:
     live.add_argument(
         "--pace", action="store_true", help="wait for each frame as for a camera's, and miss those that come too fast"
     )
+    live.add_argument("--bfloat16", action="store_true", help="MSPN: compute in it, faster and less exact")
     live.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return _completed(parser, parser.parse_args(argv))
 
