@@ -82,7 +82,7 @@ def test_frame_by_frame(changes: dict[str, Any]) -> None:
 
 
 @every_variant
-@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("batch", [1, 5])
 def test_clips_do_not_depend_on_those_beside_them(changes: dict[str, Any], batch: int) -> None:
     """So that a batch can be filled up; the clips that fill it are zeros, and another batch came before."""
     model = tiny(**changes)
