@@ -19,6 +19,7 @@ COMMANDS = {
     "decode": "make the frames of such a file again; writes GIF, MP4 and NPY",
     "visualize": "draw what trained models make of a video, and what their codes hold",
     "report": "write one HTML page: errors, curves and clips that play",
+    "export": "write a trained model as a file that runs without its code",
     "bench": "time the operators and models beside their peers; compare two such records",
     "doctor": "show what is installed and which backend serves each operator",
 }

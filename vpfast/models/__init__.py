@@ -2,6 +2,7 @@
 
 from vpfast.models.graphed_step import GraphedStep
 from vpfast.models.mspn import MSPN, MSPNConfig, MSPNOutput
+from vpfast.models.predictor import Predictor
 from vpfast.models.shrvqvae import HRVQVAE, SHRVQVAE, Codes, SHRVQVAEConfig, STPixelCNN
 from vpfast.models.storage import load, save
 
@@ -13,6 +14,7 @@ __all__ = [
     "GraphedStep",
     "MSPNConfig",
     "MSPNOutput",
+    "Predictor",
     "SHRVQVAEConfig",
     "STPixelCNN",
     "load",

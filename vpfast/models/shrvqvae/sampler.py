@@ -65,6 +65,8 @@ def sample(
     """
     horizon = _check(prior, codes, horizon, temperature, top_k, num_futures)
     check_choice("sample", "order", order, get_args(Order))
+    if torch.compiler.is_compiling():
+        _check_compilable(prior, codes)
     batch, context, height, width, layers = codes.shape
     futures = num_futures or 1
     choice = Choice(float(temperature), top_k, clip_keys(seed, batch, futures).to(codes.device))
@@ -138,8 +140,6 @@ class _Clip:
     def sample(self, times: range, order: Order) -> None:
         """Choose the codes of these frames, which follow what is known."""
         config = self.prior.config
-        if torch.compiler.is_compiling():
-            _check_compilable(self.prior, self.codes)
         if config.conditioning == "eq6" and order == "pipelined" and not self.by_layer:
             self.sample_across(times)
             return
