@@ -214,12 +214,15 @@ class SHRVQVAE(nn.Module):
     def rollout(self, state: SHRVQVAEState, count: int) -> Tensor:
         """What ``count`` times ``step`` with None would predict, (B, count, C, H, W), without moving on.
 
-        The codes known are looked at once in place of ``count`` times.
+        The codes known, and those that ``state`` holds ahead, are looked at once in place of ``count`` times.
 
         Raises:
-            TypeError, ValueError: ``count`` is no integer, or negative.
+            TypeError, ValueError: ``count`` is no integer, or below 1.
         """
-        return self._decode(sample(self.prior, state.codes, check_count("count", count)), state.size)
+        count, seen = check_count("count", count, lowest=1), state.codes.shape[1]
+        known = state.codes if state.ahead is None else torch.cat((state.codes, state.ahead[1]), dim=1)
+        codes = sample(self.prior, known, seen + count - known.shape[1])
+        return self._decode(torch.cat((known[:, seen:], codes), dim=1), state.size)
 
     def _look_ahead(self, state: SHRVQVAEState) -> tuple[Tensor, Tensor]:
         codes = sample(self.prior, state.codes, 1)
