@@ -22,8 +22,10 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CHOICES = ("auto", "cpu", "cuda", "none")
+CHECKOUT_ONLY = {("vpfast.benchmarks", "gpu_check"), ("vpfast.benchmarks", "resources")}
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 # Ampere, Ada, Hopper, Blackwell; and PTX of the last, for what comes after.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
@@ -247,6 +249,14 @@ class BuildNative(build_ext):
         return [*super().get_outputs(), os.path.join(self.build_lib, "vpfast", "_build.json")]
 
 
+class BuildPython(build_py):
+    """Leaves out the tools of a checkout, which lie beside the benchmarks."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [each for each in found if each[:2] not in CHECKOUT_ONLY]
+
+
 if __name__ == "__main__":
     setup(
         packages=[
@@ -262,6 +272,7 @@ if __name__ == "__main__":
             "vpfast.configs": ["**/*.yaml"],
             "vpfast.visual": ["page.css", "page.js"],
         },
+        exclude_package_data={"vpfast.benchmarks": ["NOTES.md"]},
         ext_modules=[Extension("vpfast._C", sources=[])],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     )

@@ -238,6 +238,7 @@ def test_sdist_and_wheel(tree):
     assert all(name.startswith("vpfast/") for name in package)
     assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".css", ".js", ".json", ".typed"}
     assert not [name for name in package if "test" in name or "results" in name]
+    assert not {f"vpfast/benchmarks/{name}" for name in ("gpu_check.py", "resources.py", "NOTES.md")} & set(names)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     listing = subprocess.run(["tar", "tzf", sdist], capture_output=True, text=True, check=True).stdout
     assert "csrc/edlstm_gates/edlstm_gates_cpu.cpp" in listing
