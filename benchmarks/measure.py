@@ -32,9 +32,15 @@ GROWTH_SHARE = 0.25  # of the seconds of a case, for each size of a growth
 
 
 def of_benchmark(
-    benchmark: Benchmark, place: Place, seconds: float, chosen: Sequence[str] = (), tell: Callable[[str], None] = print
+    benchmark: Benchmark,
+    place: Place,
+    seconds: float,
+    chosen: Sequence[str] = (),
+    growth: bool = True,
+    tell: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Bar]]:
     """The rows and bars of the cases and growths whose titles contain one of ``chosen``, all of them if it is empty.
+    Without ``growth`` of the cases alone.
 
     ``tell`` hears the title of each before it begins.
 
@@ -44,7 +50,7 @@ def of_benchmark(
     """
     rows: list[Row] = []
     bars: list[Bar] = []
-    for title, work in _chosen(benchmark, place, seconds, chosen):
+    for title, work in _chosen(benchmark, place, seconds, chosen, growth):
         tell(title)
         try:
             found_rows, found_bars = work()
@@ -58,11 +64,13 @@ def of_benchmark(
 Work = Callable[[], tuple[list[Row], list[Bar]]]
 
 
-def _chosen(benchmark: Benchmark, place: Place, seconds: float, chosen: Sequence[str]) -> Iterable[tuple[str, Work]]:
+def _chosen(
+    benchmark: Benchmark, place: Place, seconds: float, chosen: Sequence[str], growing: bool = True
+) -> Iterable[tuple[str, Work]]:
     works: dict[str, Work] = {}
     for case in benchmark.cases(place):
         works[case.title] = _work(case, place, seconds)
-    for growth in benchmark.growth(place):
+    for growth in benchmark.growth(place) if growing else ():
         works[growth.name] = lambda growth=growth: (_of_growth(growth, place, seconds), [])  # type: ignore[misc]
     for text in chosen:
         if not any(text in title for title in works):

@@ -98,7 +98,9 @@ class Setting:
         def prepare(place: Place) -> Problem:
             made = on_gpu(self, place) if place.gpu else on_cpu(self)
             if peers is not None:
-                made.contenders = {name: call for name, call in made.contenders.items() if name in (OWN, *peers)}
+                kept = (OWN, *peers, "SDPA") if place.gpu else (OWN, *peers)
+                calls = made.contenders.items()
+                made.contenders = {name: call for name, call in calls if name.startswith(kept)}
             return made
 
         return Case(self.title, prepare)

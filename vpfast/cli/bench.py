@@ -50,6 +50,7 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="the cases whose title contains this; may be given several times ('growth' takes those that vary a size)",
     )
+    parser.add_argument("--no-growth", action="store_true", help="leave out how time and memory grow with a size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument("--seconds", type=float, metavar="S", help="time for a case (default: 6, on a GPU 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep NAME_DEVICE.json and .md there, replaced")
@@ -130,7 +131,7 @@ def measure(name: str, options: argparse.Namespace) -> int:
     machine = harness.machine(place.device)  # now: a benchmark may tie the process to one core
     seconds = options.seconds or (1.0 if place.gpu else 6.0)
     try:
-        rows, bars = of_benchmark(benchmark, place, seconds, options.case, _progress)
+        rows, bars = of_benchmark(benchmark, place, seconds, options.case, not options.no_growth, _progress)
     except WrongResultError as error:
         print(f"vpfast: {name}: {error}: no figures", file=sys.stderr)
         return 1
