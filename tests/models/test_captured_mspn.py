@@ -4,6 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +205,12 @@ def test_refusals_of_a_step() -> None:
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         optimize_mspn(tiny(batch_norm=True).train(), None)
     assert recorder.captures == 0
+
+
+def test_optimize_records_what_is_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MSPN, "_weight", property(lambda model: SimpleNamespace(is_cuda=True)))
+    monkeypatch.setattr(sys.modules[MODULE], "optimize_mspn", lambda model, dtype: ("recorded", dtype))
+    assert vpfast.optimize(tiny(), torch.bfloat16) == ("recorded", torch.bfloat16)
 
 
 def test_a_prepared_network_has_no_norms_and_one_bias_a_sum() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from spreading import spread
 from tape import TapeRecorder
 
 import vpfast
-from vpfast.models import SHRVQVAE, SHRVQVAEConfig
+from vpfast.models import HRVQVAE, SHRVQVAE, SHRVQVAEConfig
 from vpfast.models.shrvqvae import sample
 from vpfast.models.shrvqvae.captured import CapturablePrior, CapturedSHRVQVAE
 
@@ -153,6 +154,12 @@ def test_a_copy_for_inference_predicts_and_streams() -> None:
         pushed = stream.push(FRAMES[:, time])
     assert torch.equal(pushed, wanted[:, 0])
     assert torch.equal(stream.rollout(2), wanted)
+
+
+def test_optimize_records_what_is_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HRVQVAE, "_weight", property(lambda model: SimpleNamespace(is_cuda=True)))
+    monkeypatch.setattr("vpfast._optimize.optimize_shrvqvae", lambda model, dtype: ("recorded", dtype))
+    assert vpfast.optimize(whole(), torch.bfloat16) == ("recorded", torch.bfloat16)
 
 
 def test_the_model_and_its_copy_do_not_share_weights() -> None:
