@@ -59,11 +59,10 @@ class TiledMSPN:
 
     def __init__(self, model: MSPN, dtype: torch.dtype | None) -> None:
         self.config: MSPNConfig = model.config
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._weight = model._weight.detach()[:0]
+        self._weight = model._weight.new_empty(0)
         half = torch.bfloat16 in (dtype, self._weight.dtype)
         self._pieces = 1 if half else _PIECES[torch.get_float32_matmul_precision()]
-        self._weights = Weights(self._model, self._pieces)
+        self._weights = Weights(model, self._pieces)
         self._programs: dict[Size, tuple[Program, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -123,7 +122,7 @@ class TiledMSPN:
         """The program for ``size``, and the memory that it works in; those of the last few sizes are kept."""
         found = self._programs.pop(size, None)
         if found is None:
-            program = Program(self._model, self._weights, size)
+            program = Program(self.config, self._weights, size)
             found = program, room(program.arena_bytes).zero_()
             if len(self._programs) == _PROGRAMS_KEPT:
                 del self._programs[next(iter(self._programs))]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN
 from vpfast.nn import EDLSTMCell
 from vpfast.nn.bottleneck import Bottleneck
@@ -114,11 +115,10 @@ class Weights:
         """Tiles of ``weight`` (out, in, kh, kw): (out / 32, in / 32, kh, kw, piece, 2, 16, 16, 2)."""
         outputs, inputs, height, width = weight.shape
         padded = F.pad(weight.detach().float(), (0, 0, 0, 0, 0, -inputs % CHUNK, 0, -outputs % CHUNK))
-        pieces = torch.stack(_split(padded, self.pieces))
-        tiles = pieces.unflatten(2, (-1, LANES, 2)).unflatten(1, (-1, 2, LANES))
-        # piece, column, tile, output, chunk, row, pair, kh, kw
-        tiles = tiles.permute(1, 4, 7, 8, 0, 2, 5, 3, 6)
-        return _Kernel(self._keep(tiles), height, width)
+        tiles = padded.unflatten(1, (-1, LANES, 2)).unflatten(0, (-1, 2, LANES))
+        # From column, tile, output, chunk, row, pair, kh, kw.
+        tiles = tiles.permute(0, 3, 6, 7, 1, 4, 2, 5).contiguous()
+        return _Kernel(self._keep(torch.stack(_split(tiles, self.pieces), dim=4)), height, width)
 
     def bias(self, bias: Tensor) -> int:
         return self._keep(F.pad(bias.detach().float(), (0, -len(bias) % CHUNK)))
@@ -241,8 +241,8 @@ class Program:
     bytes. Both memories start as zeros.
     """
 
-    def __init__(self, model: MSPN, weights: Weights, size: Size) -> None:
-        self.model, self.config, self.size = model, model.config, size
+    def __init__(self, config: MSPNConfig, weights: Weights, size: Size) -> None:
+        self.config, self.size = config, size
         self._arena = _Memory(_Base.ARENA, weights.pieces)
         self._state = _Memory(_Base.STATE, weights.pieces)
         self._code: list[int] = []
