@@ -77,9 +77,18 @@ def test_frame_by_frame(changes: dict[str, Any]) -> None:
     plain, stream = vpfast.Stream(model), vpfast.Stream(fast)
     for time in range(frames.shape[1]):
         close(stream.push(frames[:, time]), plain.push(frames[:, time]))
-    close(stream.rollout(3), model.predict(frames, 3))
-    close(stream.rollout(3), model.predict(frames, 3))  # a rollout moves nothing
-    assert recorder.captures <= 2  # frames that are fed back are channels_last
+    wanted, captures = model.predict(frames, 3), recorder.captures
+    for _ in range(2):  # a rollout moves nothing
+        close(stream.rollout(3), wanted)
+        close(stream.rollout(1), wanted[:, :1])
+    assert recorder.captures == captures + 1
+    state = fast.init_state(2, 8, 16)
+    for time in range(frames.shape[1]):
+        _, state = fast.step(frames[:, time], state)
+    close(fast.rollout(state, 3), wanted)
+    for time in range(3):
+        prediction, state = fast.step(None, state)
+        close(prediction, wanted[:, time])
 
 
 @every_variant
@@ -175,6 +184,7 @@ def test_without_clips_or_horizon_nothing_is_recorded() -> None:
     assert fast.predict(clip(model, batch=0), 2).shape == (0, 2, 1, 8, 16)
     assert fast.predict(clip(model), 0).shape == (2, 0, 1, 8, 16)
     assert fast.step(None, fast.init_state(0, 8, 16))[0].shape == (0, 1, 8, 16)
+    assert fast.rollout(fast.init_state(0, 8, 16), 3).shape == (0, 3, 1, 8, 16)
     assert recorder.captures == 0
 
 
@@ -200,6 +210,8 @@ def test_refusals_of_a_step() -> None:
     fast, recorder = captured(tiny())
     with pytest.raises(ValueError, match=r"made for frames of shape \(2, 1, 8, 16\)"):
         fast.step(torch.rand(1, 1, 8, 16), fast.init_state(2, 8, 16))
+    with pytest.raises(ValueError, match="count"):
+        fast.rollout(fast.init_state(2, 8, 16), 0)
     with pytest.raises(TypeError, match="float64"):
         fast.step(torch.rand(2, 1, 8, 16).double(), fast.init_state(2, 8, 16))
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
@@ -354,6 +366,11 @@ def test_levels_beside_each_other_read_what_is_written(changes: dict[str, Any]) 
     model = tiny(**changes)
     found, _ = in_lanes(model, clip(model), 3)
     close(found, model.predict(clip(model), 3))
+    lanes = CheckedLanes()
+    fast, _ = captured(model, lanes=lanes)
+    ahead = fast._ahead(fast.init_state(2, 8, 16), fast._lanes)
+    with torch.no_grad(), lanes:
+        fast._rolled_out(fast._flat(ahead), 3)
 
 
 def test_levels_overlap_while_real_frames_last() -> None:

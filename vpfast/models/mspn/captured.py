@@ -90,6 +90,21 @@ class CapturedMSPN:
         ahead = state.ahead or self._look_ahead(state)
         return ahead.predictions[0].to(self._weight.dtype), state._replace(ahead=ahead)
 
+    @torch.no_grad()
+    def rollout(self, state: MSPNState, count: int) -> Tensor:
+        """What ``count`` times ``step`` with None would predict, (B, count, C, H, W), without moving on, in one launch.
+
+        Raises:
+            TypeError, ValueError: ``count`` is no integer, or below 1.
+        """
+        count = check_count("count", count, lowest=1)
+        given = self._flat(state.ahead or self._look_ahead(state))
+        if count == 1 or len(given[0]) == 0:
+            return torch.stack([given[0]] * count, dim=1).to(self._weight.dtype).contiguous()
+        with torch.autocast(given[0].device.type, enabled=False):
+            (frames,) = self._graphs.run(("rollout", count), lambda *flat: [self._rolled_out(flat, count)], given)
+        return frames
+
     # -- what is recorded ----------------------------------------------------------------------------------------------
 
     def _future(self, frames: Tensor, horizon: int) -> Tensor:
@@ -108,22 +123,36 @@ class CapturedMSPN:
                     state = self._looked_at(ahead, frame, self._lanes)
         return torch.stack(made, dim=1).to(self._weight.dtype).contiguous()
 
+    def _rolled_out(self, flat: Sequence[Tensor], count: int) -> Tensor:
+        """What an :class:`Ahead` leads to where no frame is looked at, its own prediction first."""
+        ahead = self._of_flat(flat)
+        made = [ahead.predictions[0]]
+        with self._lanes.forked():
+            for _ in range(count - 1):
+                ahead = self._ahead(self._looked_at(ahead, None, self._lanes), self._lanes)
+                made.append(ahead.predictions[0])
+        return torch.stack(made, dim=1).to(self._weight.dtype).contiguous()
+
     def _look_ahead(self, state: MSPNState) -> Ahead:
         """Of a state that another call made: its tensors go in flat, and come out so."""
-        levels = self.config.levels
         given = [*(part for cell in state.cells for part in cell), *state.errors]
         given += [] if state.frame is None else [state.frame]
         if len(given[0]) == 0:
             return self._ahead(state, OneLane())
         with torch.autocast(given[0].device.type, enabled=False):
-            found = self._graphs.run("step", lambda *flat: self._flat_step(flat), given)
-        return Ahead(tuple(found[:levels]), _in_pairs(found[levels:]))
+            return self._of_flat(self._graphs.run("step", lambda *flat: self._flat(self._stepped(flat)), given))
 
-    def _flat_step(self, flat: Sequence[Tensor]) -> list[Tensor]:
+    def _stepped(self, flat: Sequence[Tensor]) -> Ahead:
         levels = self.config.levels
         errors, frame = tuple(flat[2 * levels : 3 * levels]), flat[-1] if self.config.feed_frame else None
-        ahead = self._ahead(MSPNState(_in_pairs(flat[: 2 * levels]), errors, frame), OneLane())
+        return self._ahead(MSPNState(_in_pairs(flat[: 2 * levels]), errors, frame), OneLane())
+
+    def _flat(self, ahead: Ahead) -> list[Tensor]:
         return [*ahead.predictions, *(part for cell in ahead.cells for part in cell)]
+
+    def _of_flat(self, flat: Sequence[Tensor]) -> Ahead:
+        levels = self.config.levels
+        return Ahead(tuple(flat[:levels]), _in_pairs(flat[levels:]))
 
     def _ahead(self, state: MSPNState, lanes: Lanes) -> Ahead:
         """The top-down pass (Algorithm 1, lines 4-12), each level in its lane."""

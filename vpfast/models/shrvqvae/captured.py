@@ -129,6 +129,11 @@ class CapturedSHRVQVAE:
         prediction, state = self._model.peek(state)
         return prediction.to(self.dtype), state
 
+    @torch.no_grad()
+    def rollout(self, state: SHRVQVAEState, count: int) -> Tensor:
+        """As :meth:`SHRVQVAE.rollout`."""
+        return self._model.rollout(state, count).to(self.dtype)
+
     def _converted(self, frames: Tensor) -> Tensor:
         """Frames of the type of the model that was given, in the type that is computed in; others are left alone."""
         given = isinstance(frames, Tensor) and frames.dtype == self.dtype
