@@ -1,12 +1,12 @@
 """Sampling on a GPU with the step of a position recorded once: what :mod:`sampler` and :mod:`cache` do, in one launch.
 
-A position takes a hundred small kernels, each of which is over before the host has launched the next. They do the same
+A position takes some 150 small kernels, each of which is over before the host has launched the next. They do the same
 at every position but for the places that they read and write, which are numbers in tensors; so they are recorded as a
 CUDA graph that looks its places up in a table by a counter on the GPU, and moves the counter on. A frame then is its
 table and as many launches as it has positions.
 
 It serves ``conditioning="raster"``, whose codes come one position after another. A recording is made for every clip, on
-its tensors: a hundredth of the time that sampling a clip takes, and nothing is kept between clips.
+its tensors. That takes the time of a few positions, and nothing is kept between clips.
 """
 
 from __future__ import annotations
