@@ -57,7 +57,8 @@ def bars(record: Record) -> Any:
     width, height = _PANEL_W * len(columns), top + max(sum(heights[case] for case in column) for column in columns)
     figure = figure_class()(figsize=(width, height), dpi=DPI, facecolor="white")
     _headline(figure, record, "milliseconds a call; less is better", width, height)
-    key = "medians; black: 20th to 80th percentile; in brackets: times vpfast's; hatched: copying as many bytes"
+    key = "medians; black: 20th to 80th percentile; in brackets: times vpfast's"
+    key += "; hatched: a copy at its best" if any(is_floor(row["contender"]) for row in rows) else ""
     key += "; ≈: extrapolated" if any(row.get("extrapolated") for row in rows) else ""
     figure.text(0.15 / width, 1 - 0.62 / height, key, va="center", color=GREY, fontsize=8.5)
     for number, column in enumerate(columns):
@@ -76,7 +77,7 @@ def bars(record: Record) -> Any:
 def _panel_of_bars(axes: Any, rows: Sequence[Row]) -> None:
     values = [row["p50_ms"] for row in rows]
     low = 10 ** (math.floor(math.log10(min(values))) - 0.15)
-    high = max(max(values) * 1.15, low * 12)
+    high = max(max(max(values), *(row.get("p80_ms") or 0.0 for row in rows)) * 1.15, low * 12)
     for at, row in enumerate(rows):
         own = row["contender"].startswith(OWN)
         colour = OWN_COLOUR if own else OTHER_COLOUR
@@ -166,8 +167,8 @@ def _roofs(axes: Any, rows: Sequence[Row], floors: Sequence[Row], copy: float) -
             products[row["contender"]] = max(products.get(row["contender"], 0.0), row["tflop_s"] * 1e3)
     intensities = [row["flops"] / row["bytes"] for row in rows]
     rates = [row["tflop_s"] * 1e3 for row in rows]
-    low = min(intensities) / 3
-    high = max([max(intensities) * 3, *(rate / copy * 4 for rate in products.values())])
+    ridges = [rate / copy for rate in products.values()]
+    low, high = min(*intensities, *ridges, 1e9) / 3, max(*intensities, *ridges, 1e-9) * 4
     peak = max(products.values(), default=copy * high)
     end = min(peak / copy, high)
     axes.plot((low, end), (low * copy, end * copy), color=INK, linewidth=1.4)
@@ -200,16 +201,27 @@ def _points(axes: Any, rows: Sequence[Row], cases: Sequence[str]) -> None:
 
 def _gathered(rows: Sequence[Row], cases: Sequence[str]) -> list[tuple[float, float, str]]:
     """Points with their numbers; of points on top of each other one has the numbers of all."""
-    places: list[tuple[float, float, list[str]]] = []
+    places: list[tuple[float, float, list[int]]] = []
     for row in rows:
-        x, y, number = row["flops"] / row["bytes"], row["tflop_s"] * 1e3, str(cases.index(row["case"]) + 1)
+        x, y, number = row["flops"] / row["bytes"], row["tflop_s"] * 1e3, cases.index(row["case"]) + 1
         for other_x, other_y, numbers in places:
             if abs(math.log(x / other_x)) < 0.2 and abs(math.log(y / other_y)) < 0.25:
                 numbers.append(number)
                 break
         else:
             places.append((x, y, [number]))
-    return [(x, y, ", ".join(numbers)) for x, y, numbers in places]
+    return [(x, y, _runs(numbers)) for x, y, numbers in places]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _numbered(number: int, case: str) -> list[str]:

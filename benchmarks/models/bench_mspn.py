@@ -299,7 +299,7 @@ def growth(place: Place) -> list[Growth]:
         "pixels of a frame": {
             size**2: Setting(preset, 1, 2, 3, size) for size in (side // 2, side, 2 * side, 4 * side)
         },
-        "horizon": {size: Setting(preset, 1, 2, size, side) for size in (2, 4, 8, 16, 32)},
+        "horizon + 1 frame seen": {size: Setting(preset, 1, 1, size - 1, side) for size in (2, 4, 8, 16, 32)},
     }
     return [
         Growth(f"{preset}, prediction", name, {size: each.plain_case() for size, each in sizes.items()}, {"time": 1.0})

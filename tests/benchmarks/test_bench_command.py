@@ -39,7 +39,7 @@ def test_growth_covers_what_grows():
     assert over["codeword_search"] == {"vectors N"}
     assert over["masked_attention3d"] == {"positions L"}
     assert over["sampler"] == {"positions sampled"}
-    assert over["mspn"] == {"batch", "pixels of a frame", "horizon"}
+    assert over["mspn"] == {"batch", "pixels of a frame", "horizon + 1 frame seen"}
     assert over["edlstm_gates"] == {"batch"}
 
 

@@ -113,6 +113,12 @@ def test_what_is_no_record_is_refused_in_one_line(before, tmp_path, capsys, text
     assert err.count("\n") == 1
 
 
+def test_comparing_goes_alone(before, tmp_path, capsys):
+    path = write(tmp_path, "a.json", before)
+    assert main(["bench", "mspn", "--plot", "--compare", path, path]) == 2
+    assert "--compare A.json B.json goes alone, got mspn, --plot too" in capsys.readouterr().err
+
+
 def test_a_missing_record_is_refused(before, tmp_path, capsys):
     assert main(["bench", "--compare", write(tmp_path, "a.json", before), str(tmp_path / "none.json")]) == 2
     assert "none.json: no such file; a record is a JSON file" in capsys.readouterr().err

@@ -23,6 +23,7 @@ def run(argv: Sequence[str]) -> int:
     """Measure, list or compare; the exit status stands at the top of this file."""
     options = _parser().parse_args(argv)
     if options.compare:
+        _check_alone(options)
         return compare(*options.compare)
     registry = importlib.import_module("vpfast.benchmarks.registry")
     names = registry.chosen(options.names)
@@ -65,6 +66,13 @@ def _parser() -> Parser:
         "20th to the 80th percentile do not meet",
     )
     return parser
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """--compare measures nothing, so whatever says what to measure is a mistake."""
+    given = [f"--{name}" for name in ("list", "case", "seconds", "out", "plot", "rehearse") if getattr(options, name)]
+    if given or options.names:
+        raise ValueError(f"--compare A.json B.json goes alone, got {', '.join([*options.names, *given])} too")
 
 
 def _check(options: argparse.Namespace) -> None:
