@@ -87,7 +87,7 @@ class GradientUpdate:
         self.context = context
         optim = context.config.optim
         check_parts(context)
-        optimizer = torch.optim.Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay)
+        optimizer = torch.optim.Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay, fused=True)
         self._model, self._optimizer = context.accelerator.prepare(context.model, optimizer)
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Optimizer] = {"model": self._optimizer}
