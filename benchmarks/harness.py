@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,17 @@ class Timing:
 BURST, BURST_SECONDS, SLOW_SECONDS, ROUNDS = 20, 0.5, 2.0, 3
 
 
-def time_side_by_side(contenders: Mapping[str, Call], seconds: float = 6.0) -> dict[str, Timing]:
+def time_side_by_side(
+    contenders: Mapping[str, Call], seconds: float = 6.0, slow: Collection[str] = ()
+) -> dict[str, Timing]:
     """Bursts of `BURST` calls, contender after contender, round after round, for about ``seconds`` after a warm-up.
 
     What disturbs one disturbs all. The first call of a burst finds the caches full of another contender's data: it is
     kept apart, as `first_ms`. A slow contender's burst ends early, after two calls at the soonest; one that takes
-    longer than `SLOW_SECONDS` is called once a round. Results are dropped at once.
+    longer than `SLOW_SECONDS` is called once a round. ``slow`` are those known to, which are not warmed up. Results are
+    dropped at once.
     """
-    slow = {name for name, call in contenders.items() if _warm_up(call) > SLOW_SECONDS}
+    slow = {name for name, call in contenders.items() if name in slow or _warm_up(call) > SLOW_SECONDS}
     warm: dict[str, list[float]] = {name: [] for name in contenders}
     first: dict[str, list[float]] = {name: [] for name in contenders}
     stop = time.perf_counter() + seconds

@@ -1,5 +1,6 @@
 """From cases to rows: look whether results are right, then let contenders take turns."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,6 @@ COPY, PRODUCT = "copy", "matrix product"
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product is the measure of arithmetic."""
 MOST_COPIED = 2**28  # bytes; beyond, the rate of a copy no longer changes
-SLOWEST_LOOKED_AT = 20.0  # seconds of a call, beyond which its memory is not looked at
 GROWTH_SHARE = 0.25  # of the seconds of a case, for each size of a growth
 
 
@@ -108,11 +108,11 @@ def of_case(case: Case, place: Place, seconds: float, floors: bool = True) -> tu
     torch.manual_seed(0)
     torch.compiler.reset()
     problem = case.prepare(place)
-    running, peaks = looked_at(problem, place)
+    running, peaks, slow = looked_at(problem, place)
     best = _floors(problem, place, running) if floors else {}
     calls = {**{name: floor.call for name, floor in best.items()}, **running}
     timings: Any = (
-        gpu.time_calls(calls, place.device, seconds) if place.gpu else harness.time_side_by_side(calls, seconds)
+        gpu.time_calls(calls, place.device, seconds) if place.gpu else harness.time_side_by_side(calls, seconds, slow)
     )
     rows: list[Row] = [{"case": case.title, "contender": name, **asdict(timing)} for name, timing in timings.items()]
     _add_work(rows, problem, best)
@@ -126,28 +126,31 @@ def of_case(case: Case, place: Place, seconds: float, floors: bool = True) -> tu
     return rows, bars
 
 
-def looked_at(problem: Problem, place: Place) -> tuple[dict[str, Call], dict[str, int | None]]:
-    """The contenders whose results were looked at and are right, and what memory each takes beyond its results.
+def looked_at(problem: Problem, place: Place) -> tuple[dict[str, Call], dict[str, int | None], set[str]]:
+    """The contenders whose results were looked at and are right, what memory each takes beyond its results, and which
+    of them are slow.
 
     A peer that does not run here is told in ``problem.absent``; vpfast has to run.
     """
-    running, peaks = {}, {}
+    running: dict[str, Call] = {}
+    peaks: dict[str, int | None] = {}
+    slow = set()
     for name, call in problem.contenders.items():
-        found: list[Any] = []
         try:
-            took = harness.seconds_of(lambda call=call, found=found: found.append(call()))  # type: ignore[misc]
+            found = call()
         except Exception as error:
             if name.startswith(OWN):
                 raise
             problem.absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
-        problem.check(name, found.pop())
+        problem.check(name, found)
+        del found
         running[name] = call
-        if took < SLOWEST_LOOKED_AT and place.device == "cpu":
-            peaks[name] = harness.peak_memory(call)
-        elif place.device == "cuda":
-            peaks[name] = gpu.peak_memory(call)
-    return running, peaks
+        began = time.perf_counter()  # of the second call: the first one may have compiled
+        peaks[name] = gpu.peak_memory(call) if place.device == "cuda" else harness.peak_memory(call)
+        if time.perf_counter() - began > harness.SLOW_SECONDS:
+            slow.add(name)
+    return running, peaks, slow
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ def test_slow_calls_come_once_a_round(monkeypatch):
     timings = harness.time_side_by_side({OWN: lambda: calls.append(1)}, 0.0)
     assert timings[OWN].calls == harness.ROUNDS
     assert len(calls) == harness.ROUNDS + 1  # and the warm-up
+    harness.time_side_by_side({OWN: lambda: calls.append(1)}, 0.0, slow={OWN})
+    assert len(calls) == 2 * harness.ROUNDS + 1
 
 
 def test_percentiles_stay_within_what_was_measured():
