@@ -131,9 +131,9 @@ def test_without_torch_the_message_holds_the_command(tree, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     site = Path(sysconfig.get_path("purelib"))
-    for name in ("setuptools", "pybind11", "ninja", "pkg_resources", "_distutils_hack"):
-        if (site / name).exists():
-            (tools / name).symlink_to(site / name)
+    for name in ("setuptools", "setuptools-*.dist-info", "pybind11", "ninja", "pkg_resources", "_distutils_hack"):
+        for found in site.glob(name):
+            (tools / found.name).symlink_to(found)
     python = str(tmp_path / "bare" / "bin" / "python")
     done = build(tree, python, VPFAST_BUILD="cpu", PYTHONPATH=str(tools))
     assert done.returncode != 0
