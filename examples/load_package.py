@@ -3,7 +3,7 @@
     vpfast export --weights run/weights --frames 10 --size 64 64 --horizon 10 --out model.pt2
     python examples/load_package.py model.pt2 frames.npy prediction.npy
 
-``frames.npy`` holds what the model was exported for: float (B, T, C, H, W) in [0, 1], any B.
+``frames.npy`` holds what the model was exported for: float (B, T, C, H, W) in [0, 1].
 """
 
 import os

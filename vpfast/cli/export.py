@@ -17,12 +17,12 @@ from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
 from vpfast.training.recipes import counted
 
-DESCRIPTION = """Write a trained model as a file that predicts `horizon` frames from `frames` frames of one size, for
-any number of clips at a time. It runs where vpfast's operators are installed; its Python code of models is not needed:
+DESCRIPTION = """Write a trained model as a file that predicts `horizon` frames from `frames` frames of one size. It
+runs where vpfast's operators are installed; its Python code of models is not needed:
 
-  --format aoti     compiled ahead of time for processors like this one, by AOTInductor. Needs a C++ compiler, and
-                    minutes: a step is written out for every frame seen and predicted
-  --format export   what torch.export gives, in seconds, for any processor
+  --format aoti     compiled ahead of time by AOTInductor, for `batch` clips at a time, on processors like this one.
+                    Needs a C++ compiler, and minutes: a step is written out for every frame seen and predicted
+  --format export   what torch.export gives, in seconds, for any number of clips on any processor
 
 examples/load_package.py loads both."""
 
@@ -40,15 +40,18 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--size is needed: nothing beside {options.weights} tells the size of its frames")
     length = options.frames or (trained.context if trained else 10)
     predictor = Predictor(model.to(pick_device(options.device)), options.horizon)
-    example = next(predictor.parameters()).new_zeros(1, length, model.config.in_channels, *size)
+    shape = (options.batch, length, model.config.in_channels, *size)
+    example = next(predictor.parameters()).new_zeros(shape)
     if options.format == "aoti":
         predictor.package(example, options.out)
     else:
-        with new_file(options.out, options.force) as draft:
-            torch.export.save(predictor.export(example), draft)
+        program = predictor.export(example)
+        with new_file(options.out, options.force) as draft, draft.open("wb") as file:
+            torch.export.save(program, file)
+    clips = counted(options.batch, "clip") if options.format == "aoti" else "any number of clips"
     print(
-        f"{counted(options.horizon, 'frame')} from {counted(length, 'frame')} of {size[0]}x{size[1]}, for any number "
-        f"of clips: {options.out}, {os.path.getsize(options.out):,} bytes"
+        f"{counted(options.horizon, 'frame')} from {counted(length, 'frame')} of {size[0]}x{size[1]}, for {clips}: "
+        f"{options.out}, {os.path.getsize(options.out):,} bytes"
     )
     return 0
 
@@ -65,5 +68,6 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--horizon", type=positive, required=True, help="frames to predict")
     parser.add_argument("--frames", type=positive, help="frames to look at (default: as trained)")
     parser.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of a frame (default: as trained)")
+    parser.add_argument("--batch", type=positive, default=1, help="clips at a time, of --format aoti (default: 1)")
     parser.add_argument("--format", choices=("aoti", "export"), default="aoti", help="see above (default: aoti)")
     return parser.parse_args(argv)

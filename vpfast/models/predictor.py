@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +60,12 @@ class Predictor(nn.Module):
         return prediction
 
     @torch.no_grad()
-    def export(self, frames: Tensor) -> torch.export.ExportedProgram:
-        """The program for frames of the shape and type of ``frames``, and any B of at least 1.
-
-        What ``torch.export`` gives without gradients; it checks the shape of what it is called with.
+    def export(self, frames: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:
+        """What ``torch.export`` gives for frames of the shape and type of ``frames``. It checks that shape when called.
 
         Args:
             frames: (B, T, C, H, W), T at least 1. Only its shape and type count.
+            any_batch: whether the program is for any B of at least 1, or for that of ``frames`` alone.
 
         Raises:
             TypeError, ValueError: frames that the model does not take.
@@ -74,15 +75,18 @@ class Predictor(nn.Module):
         check_frames(frames, "B, T, C, H, W", config.in_channels, config.multiple, next(self.parameters()))
         if frames.shape[1] == 0:
             raise ValueError("frames hold no time step (T = 0); give at least one frame")
-        example = frames.new_zeros(2, *frames.shape[1:])  # of one clip a trace would take that for a constant
+        if not any_batch:
+            return torch.export.export(self, (frames.new_zeros(frames.shape),))
+        example = frames.new_zeros(2, *frames.shape[1:])  # the one of a single clip would be taken for a constant
         return torch.export.export(self, (example,), dynamic_shapes={"frames": {0: torch.export.Dim("batch", min=1)}})
 
     def package(self, frames: Tensor, path: str | os.PathLike[str]) -> Path:
         """Compile ahead of time what :meth:`export` gives, by AOTInductor, into the file ``path`` ending in ``.pt2``.
 
-        It takes a C++ compiler, and minutes for a model of the papers. The file is for processors like this one and
-        replaces another of its name; the number of threads is free. It does not check what it is called with unless the
-        environment says ``AOTI_RUNTIME_CHECK_INPUTS=1`` there: frames of another shape give nonsense.
+        The package is for the shape of ``frames``, B included: left open, AOTInductor's B would begin at 2. It is for
+        processors like this one, takes a C++ compiler, and minutes for a model of the papers. A file of its name is
+        replaced; the number of threads is free. It does not check what it is called with unless the environment says
+        ``AOTI_RUNTIME_CHECK_INPUTS=1`` there: frames of another shape, or not contiguous, give nonsense.
 
         Returns:
             ``path``.
@@ -90,15 +94,31 @@ class Predictor(nn.Module):
         Raises:
             ValueError: another ending.
             FileExistsError: ``path`` cannot be written.
+            FileNotFoundError: there is no C++ compiler. Further errors as for :meth:`export`.
         """
         path = Path(path)
         if path.suffix != ".pt2":
             raise ValueError(f"a package's name ends in .pt2, got {path}")
         if (reason := file_refusal(path, replace=True)) is not None:
             raise FileExistsError(f"{path} {reason}")
-        program = self.export(frames)
-        with new_file(path, replace=True) as draft:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(draft), inductor_configs={"cpp.dynamic_threads": True}
+        _check_compiler()
+        program = self.export(frames, any_batch=False)
+        # The name goes into the archive: a draft's would stay there.
+        with TemporaryDirectory() as folder, new_file(path, replace=True) as draft:
+            compiled = torch._inductor.aoti_compile_and_package(
+                program, package_path=str(Path(folder, path.name)), inductor_configs={"cpp.dynamic_threads": True}
             )
+            copyfile(compiled, draft)
         return path
+
+
+def _check_compiler() -> None:
+    from torch._inductor import cpp_builder, exc  # a second to import, which predicting does not need
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise FileNotFoundError(
+            "no C++ compiler was found, which packaging ahead of time takes: install g++, or name one in CXX; what is "
+            "exported and not packaged takes none"
+        ) from error
