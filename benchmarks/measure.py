@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vpfast.benchmarks import gpu, harness
+from vpfast.benchmarks.growth import slopes
 from vpfast.benchmarks.problem import (
     OWN,
     Bar,
@@ -28,6 +29,7 @@ COPY, PRODUCT = "copy", "matrix product"
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product is the measure of arithmetic."""
 MOST_COPIED = 2**28  # bytes; beyond, the rate of a copy no longer changes
+SLOPE_MARGIN = 0.1  # that a slope may be above that of theory
 GROWTH_SHARE = 0.25  # of the seconds of a case, for each size of a growth
 
 
@@ -71,7 +73,7 @@ def _chosen(
     for case in benchmark.cases(place):
         works[case.title] = _work(case, place, seconds)
     for growth in benchmark.growth(place) if growing else ():
-        works[growth.name] = lambda growth=growth: (_of_growth(growth, place, seconds), [])  # type: ignore[misc]
+        works[growth.name] = lambda growth=growth: _of_growth(growth, place, seconds)  # type: ignore[misc]
     for text in chosen:
         if not any(text in title for title in works):
             raise ValueError(f"--case {text}: {benchmark.name} has no such case; there are: {'; '.join(works)}")
@@ -89,12 +91,19 @@ def _work(case: Case | OwnCase, place: Place, seconds: float) -> Work:
     return lambda: of_case(case, place, seconds)
 
 
-def _of_growth(growth: Growth, place: Place, seconds: float) -> list[Row]:
+def _of_growth(growth: Growth, place: Place, seconds: float) -> tuple[list[Row], list[Bar]]:
+    """The rows of all sizes; the slopes of vpfast's time and memory are not to be above those of theory."""
     rows = []
     for size, case in growth.cases.items():
         found, _ = of_case(case, place, seconds * GROWTH_SHARE, floors=False)
         rows += [{**row, "growth": growth.name, "over": growth.over, "size": size} for row in found]
-    return rows
+    fits = {fit["of"]: fit["slope"] for fit in slopes(rows) if fit["contender"] == OWN}
+    bars = [
+        Bar(f"{growth.name}, slope of {of}", fits[of], wanted + SLOPE_MARGIN, "", at_most=True)
+        for of, wanted in growth.expected.items()
+        if of in fits and not place.small
+    ]
+    return rows, bars
 
 
 def of_case(case: Case, place: Place, seconds: float, floors: bool = True) -> tuple[list[Row], list[Bar]]:

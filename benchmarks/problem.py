@@ -102,7 +102,7 @@ class Growth:
         title: what is done.
         over: what grows, such as ``"positions L"``.
         cases: size -> the case of that size.
-        expected: the slopes on log-log axes that theory has, of ``"time"`` and ``"memory"``.
+        expected: the slopes on log-log axes that theory has at most, of ``"time"`` and ``"memory"``.
     """
 
     title: str

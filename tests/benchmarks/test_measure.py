@@ -173,3 +173,11 @@ def test_a_copy_is_no_larger_than_tells_its_rate(monkeypatch):
     copy, own = rows
     assert (copy["bytes"], own["bytes"]) == (800, 10**15)
     assert own["copy_share"] == pytest.approx(own["gb_s"] / copy["gb_s"])
+
+
+def test_a_slope_above_that_of_theory_is_told(benchmark_of, monkeypatch):
+    monkeypatch.setattr(measure, "slopes", lambda rows: [{"contender": OWN, "of": "time", "slope": 1.3}])
+    _, bars = measure.of_benchmark(benchmark_of(), Place(), 0.001, ["growth"], tell=quiet)
+    assert [str(bar) for bar in bars] == [
+        "bar: growth over numbers: doubling, slope of time: 1.30, wanted at most 1.1: not met"
+    ]
