@@ -5,19 +5,25 @@
 // attention finds keys and values. What is left are products of a vector and a matrix, a hundred of them in a row, each
 // far too short to be called by itself from Python. Here a frame is one call.
 //
+// All keys and values before it are read for a position, 2 L heads head_dim s a layer, which is most of its time at the
+// end of a long clip. So a pass evaluates several positions, up to kRun of them, from guesses of the codes between
+// them: first those of the frame before, then what an earlier pass chose. A choice is right up to the first guess that
+// was wrong, that position included; what comes after it is evaluated again, from better guesses. A choice is a
+// function of the logits and of its place (vpfast/models/shrvqvae/random.py), and no sum depends on what is evaluated
+// beside it, so the codes are those of one position after another, to the last bit of every feature. How many positions
+// pay is judged by how many guesses came true; wrong ones cost time and nothing else.
+//
 // Clips are shared out among the threads. Where there are fewer clips than threads, several threads make a team for one
 // clip: each computes its columns of every product and its heads, and they meet at a barrier before a layer that needs
-// all of it, some thirty times a position. Waiting threads spin, and give way when it takes long. Who computes what
-// changes no sum, so the codes do not depend on the number of threads.
-//
-// Bytes a position: the weights of the present taps (1.3 MB of the presets' network, from the L2 cache), and all keys
-// and values before it, 2 L heads head_dim s a layer, which is most of it at the end of a long clip.
+// all of it, some forty times a pass. Waiting threads spin, and give way when it takes long. Who computes what changes
+// no sum, so the codes do not depend on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <string>
@@ -110,7 +116,18 @@ struct Call {
   std::vector<Mask> masks;
   std::vector<Block<W>> blocks;
   std::vector<Attention<W>> attentions;
+  std::vector<AlignedVector<W>> heads;
 };
+
+// The same map with columns of zeros up to a multiple of 16, so that none is left to be computed by itself.
+template <class W>
+Affine<W> in_whole_registers(const Affine<W>& map, std::vector<AlignedVector<W>>& memory) {
+  const int64_t out = whole_lines(map.out);
+  AlignedVector<W>& wide = memory.emplace_back((map.in + 1) * out);
+  for (int64_t row = 0; row < map.in; ++row) std::copy_n(map.matrix + row * map.out, map.out, wide.data() + row * out);
+  std::copy_n(map.bias, map.out, wide.data() + map.in * out);
+  return {wide.data(), wide.data() + map.in * out, map.in, out};
+}
 
 const int64_t* integers(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   bool same = t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == static_cast<int64_t>(shape.size());
@@ -132,18 +149,18 @@ void check_cells(const Conv<W>& conv, int64_t cells) {
 
 struct Sizes {
   int64_t channels, blocks, every, heads, head_dim, ffn, hidden, depths, codebook_size, first_depth, last_depth,
-      parents, embeddings, time, frame_cells;
+      parents, embeddings, time, frame_cells, run;
 };
 
 Sizes sizes_of(const std::vector<int64_t>& given) {
-  STD_TORCH_CHECK(given.size() == 15, "sample_codes: 15 sizes");
-  const Sizes s{given[0], given[1], given[2],  given[3],  given[4],  given[5],  given[6], given[7],
-                given[8], given[9], given[10], given[11], given[12], given[13], given[14]};
+  STD_TORCH_CHECK(given.size() == 16, "sample_codes: 16 sizes");
+  const Sizes s{given[0], given[1], given[2],  given[3],  given[4],  given[5],  given[6],  given[7],
+                given[8], given[9], given[10], given[11], given[12], given[13], given[14], given[15]};
   bool fine = s.depths <= kMaxDepths && s.first_depth >= 0 && s.first_depth < s.last_depth && s.last_depth <= s.depths;
   for (int64_t size : {s.channels, s.heads, s.head_dim, s.ffn, s.hidden, s.depths, s.codebook_size}) {
     fine = fine && size >= 1;
   }
-  fine = fine && s.blocks >= 0 && s.every >= 0 && s.parents < s.depths && s.time >= 0;
+  fine = fine && s.blocks >= 0 && s.every >= 0 && s.parents < s.depths && s.time >= 0 && s.run >= 0 && s.run <= kRun;
   STD_TORCH_CHECK(fine, "sample_codes: sizes that cannot be");
   return s;
 }
@@ -203,7 +220,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
     attention.widen = from.affine("ffn", s.channels, s.ffn);
     attention.narrow = from.affine("ffn", s.ffn, s.channels);
     attention.keys = from.next("keys", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
-    attention.values = from.next("values", {call.clips, s.heads, p.length, s.head_dim});
+    attention.values = from.next("values", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
     call.attentions.push_back(attention);
   }
   check_cells(net.stem, p.cells);
@@ -219,7 +236,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
   net.mlp1 = from.affine("mlp", s.channels, s.hidden);
   net.mlp2 = from.affine("mlp", s.hidden, s.channels);
   for (int64_t depth = s.first_depth; depth < s.last_depth; ++depth) {
-    net.logits[depth] = from.affine("a head", s.channels, s.codebook_size);
+    net.logits[depth] = in_whole_registers(from.affine("a head", s.channels, s.codebook_size), call.heads);
   }
   from.finish();
   net.channels = s.channels;
@@ -227,7 +244,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
   net.first_depth = s.first_depth;
   net.last_depth = s.last_depth;
   net.codebook_size = s.codebook_size;
-  net.hidden = std::max({s.channels, s.ffn, s.hidden, inner, s.codebook_size});
+  net.hidden = std::max({s.channels, s.ffn, s.hidden, inner, whole_lines(s.codebook_size)});
   net.blocks = call.blocks.data();
   net.block_count = s.blocks;
   net.heads = s.heads;
@@ -237,7 +254,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
 // --- who does what ---
 
 template <class W>
-using Kernel = bool (*)(const Problem<W>&, int64_t, const Member&, W*, W*, double*);
+using Kernel = bool (*)(const Problem<W>&, int64_t, const Member&, const Memory<W>&);
 
 template <class W>
 Kernel<W> kernel_of() {
@@ -259,20 +276,23 @@ bool run(const Call<W>& call, int64_t threads) {
   const Kernel<W> kernel = kernel_of<W>();
   const int64_t team = std::max<int64_t>(1, std::min(threads / call.clips, net.heads));
   const int64_t teams = std::min(call.clips, threads), ranks = team * teams;
-  const int64_t shared = (shared_elements(net) + 15) / 16 * 16;
-  const int64_t own = (own_elements(net) + 15) / 16 * 16;
+  const int64_t shared = whole_lines(shared_elements(net)), own = whole_lines(own_elements(net));
   // All of it before the threads start: a rank that fails would leave its team waiting.
-  AlignedVector<W> memory(teams * shared + ranks * (own + shared));
+  AlignedVector<W> memory(ranks * (own + shared));
+  AlignedVector<int64_t> verdicts(ranks * kRun);
   AlignedVector<double> scores(ranks * net.codebook_size);
+  const auto memory_of = [&](int64_t rank, int64_t team_of) {
+    return Memory<W>{memory.data() + team_of * shared, memory.data() + ranks * shared + rank * own,
+                     verdicts.data() + team_of * kRun, scores.data() + rank * net.codebook_size};
+  };
   std::vector<Barrier> barriers(teams);
   std::atomic<int64_t> claimed{0}, entered{0};
   std::atomic<bool> finite{true};
 
   torch::stable::parallel_for(0, ranks, 1, [&](int64_t begin, int64_t end) {
-    W* mine = memory.data() + teams * shared + begin * (own + shared);
-    const auto clips_of = [&](int64_t first, int64_t step, const Member& member, W* with) {
+    const auto clips_of = [&](int64_t first, int64_t step, const Member& member, const Memory<W>& with) {
       for (int64_t clip = first; clip < call.clips; clip += step) {
-        if (!kernel(call.p, clip, member, with, mine, scores.data() + begin * net.codebook_size)) finite = false;
+        if (!kernel(call.p, clip, member, with)) finite = false;
       }
     };
     bool together = team > 1;
@@ -283,11 +303,13 @@ bool run(const Call<W>& call, int64_t threads) {
       together = entered.load() == ranks;
     }
     if (together) {
-      clips_of(begin / team, teams, Member{begin % team, team, &barriers[begin / team]},
-               memory.data() + begin / team * shared);
+      const int64_t with = begin / team;
+      clips_of(with, teams, Member{begin % team, team, &barriers[with]}, memory_of(begin, with));
       return;
     }
-    for (int64_t rank = begin; rank < end; ++rank) clips_of(rank, ranks, Member{0, 1, &barriers[0]}, mine + own);
+    for (int64_t rank = begin; rank < end; ++rank) {
+      clips_of(rank, ranks, Member{0, 1, &barriers[0]}, memory_of(rank, rank));
+    }
   });
   return finite;
 }
@@ -313,6 +335,7 @@ bool sample(Tensor codes, const std::vector<Tensor>& tensors, const std::vector<
   p.keys = integers(keys, "keys", {call.clips, 2});
   p.temperature = temperature;
   p.top_k = top_k;
+  p.run = s.run;
   read(call, s, tensors, tables, type);
   for (int64_t clip = 0; clip < call.clips; ++clip) {
     for (int64_t i = p.time * p.cells; i < (p.time + 1) * p.cells; ++i) {

@@ -5,212 +5,11 @@ namespace sample_codes {
 using namespace vpfast::sample_codes;
 using vpfast::masked_attention3d::for_each_line;
 using vpfast::masked_attention3d::Interval;
+using vpfast::masked_attention3d::least;
+using vpfast::masked_attention3d::most;
 using vpfast::masked_attention3d::Place;
 
-// --- affine maps of one vector ---
-
-// A member's share of `columns`: whole blocks of 16, so that no two write to one cache line.
-VPFAST_INLINE Interval share_of(int64_t columns, const Member& member) {
-  const int64_t blocks = (columns + 15) / 16, each = (blocks + member.size - 1) / member.size;
-  const int64_t begin = member.rank * each * 16, end = begin + each * 16;
-  return {begin < columns ? begin : columns, end < columns ? end : columns};
-}
-
-// C registers of columns: y = base + x matrix.
-template <int C, class W>
-VPFAST_INLINE void columns_of(W* y, const W* base, const W* x, const W* matrix, int64_t in, int64_t out) {
-  using V = typename Lanes<W>::type;
-  V sum[C];
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) sum[c] = load(base + c * V::lanes);
-  for (int64_t i = 0; i < in; ++i) {
-    const V factor = V::broadcast(x[i]);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[c] = sum[c] + factor * load(matrix + i * out + c * V::lanes);
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) store(y + c * V::lanes, sum[c]);
-}
-
-// Columns [begin, end) of y = base + x matrix; y may be base.
-template <class W>
-void apply(W* y, const W* base, const W* x, const Affine<W>& map, int64_t begin, int64_t end) {
-  using V = typename Lanes<W>::type;
-  int64_t c = begin;
-  for (; c + 8 * V::lanes <= end; c += 8 * V::lanes) {
-    columns_of<8>(y + c, base + c, x, map.matrix + c, map.in, map.out);
-  }
-  for (; c + 2 * V::lanes <= end; c += 2 * V::lanes) {
-    columns_of<2>(y + c, base + c, x, map.matrix + c, map.in, map.out);
-  }
-  for (; c + V::lanes <= end; c += V::lanes) columns_of<1>(y + c, base + c, x, map.matrix + c, map.in, map.out);
-  for (; c < end; ++c) {
-    W sum = base[c];
-    for (int64_t i = 0; i < map.in; ++i) sum += x[i] * map.matrix[i * map.out + c];
-    y[c] = sum;
-  }
-}
-
-// --- functions of single numbers ---
-
-// erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
-VPFAST_INLINE F32 error_function(F32 x) {
-  const F32 one = F32::broadcast(1.0f), size = magnitude(x);
-  const F32 t = one / (one + 0.3275911f * size);
-  const F32 p =
-      ((((F32::broadcast(1.061405429f) * t - F32::broadcast(1.453152027f)) * t + F32::broadcast(1.421413741f)) * t -
-        F32::broadcast(0.284496736f)) *
-           t +
-       F32::broadcast(0.254829592f)) *
-      t;
-  return with_sign_of(one - p * exp2(F32::broadcast(-1.44269504f) * size * size), x);
-}
-VPFAST_INLINE F64 error_function(F64 x) { return {std::erf(x.v)}; }
-
-template <class W>
-void gelu(W* x, int64_t begin, int64_t end) {
-  using V = typename Lanes<W>::type;
-  for (int64_t i = begin; i < end; i += V::lanes) {
-    const int64_t count = end - i < V::lanes ? end - i : V::lanes;
-    const V v = load_part(x + i, count);
-    const V half = V::broadcast(W(0.5)) * v;
-    store_part(x + i, half + half * error_function(V::broadcast(W(0.70710678118654752)) * v), count);
-  }
-}
-
-// y = tanh(a) sigmoid(b)
-template <class W>
-void gate(W* y, const W* a, const W* b, int64_t count) {
-  using V = typename Lanes<W>::type;
-  for (int64_t i = 0; i < count; i += V::lanes) {
-    const int64_t part = count - i < V::lanes ? count - i : V::lanes;
-    store_part(y + i, product(sigmoid(load_part(b + i, part)), tanh(load_part(a + i, part))), part);
-  }
-}
-
-template <class W>
-void normalise(W* y, const W* x, const Norm<W>& norm, int64_t count) {
-  W mean = 0, variance = 0;
-  for (int64_t i = 0; i < count; ++i) mean += x[i];
-  mean /= static_cast<W>(count);
-  for (int64_t i = 0; i < count; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  const W scale = W(1) / std::sqrt(variance / static_cast<W>(count) + W(1e-5));
-  for (int64_t i = 0; i < count; ++i) y[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
-}
-
-// --- attention of one head ---
-
-template <class W>
-struct Head {
-  using V = typename Lanes<W>::type;
-  const W *query, *keys, *values;
-  int64_t dim;
-  W *out, *weights;
-  W high, sum;
-
-  void attend(const Mask& mask, const Place& place) {
-    high = -W(__builtin_huge_val());
-    sum = 0;
-    for (int64_t d = 0; d < dim; ++d) out[d] = 0;
-    for_each_line(mask, place, place, [&](int64_t t, int64_t y, int64_t start) {
-      const Interval seen = visible(mask, place, t, y);
-      const int64_t end = start + seen.end;
-      for (int64_t key = start + seen.begin; key < end;) {
-        const int64_t stop = key / kKeyBlock * kKeyBlock + kChunk;
-        take(key, stop < end ? stop : end);
-        key = stop;
-      }
-    });
-    for (int64_t d = 0; d < dim; ++d) out[d] = sum > 0 ? out[d] / sum : W(0);
-  }
-
-  // Keys [begin, end), of which blocks are scored whole.
-  VPFAST_INLINE void take(int64_t begin, int64_t end) {
-    const int64_t first = begin / kKeyBlock * kKeyBlock, count = end - first;
-    score(first, (count + kKeyBlock - 1) / kKeyBlock);
-    const W nothing = -W(__builtin_huge_val());
-    for (int64_t i = 0; i < begin - first; ++i) weights[i] = nothing;
-    const int64_t padded = (count + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
-    for (int64_t i = count; i < padded; ++i) weights[i] = nothing;
-    weigh(padded);
-    add(first, begin - first, count);
-  }
-
-  VPFAST_INLINE void score(int64_t first, int64_t blocks) {
-    constexpr int64_t parts = kKeyBlock / V::lanes;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const W* block = keys + (first / kKeyBlock + b) * dim * kKeyBlock;
-      V even[parts], odd[parts];
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < parts; ++k) even[k] = odd[k] = V::broadcast(0);
-      int64_t d = 0;
-      for (; d + 2 <= dim; d += 2) {
-        const V a = V::broadcast(query[d]), c = V::broadcast(query[d + 1]);
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < parts; ++k) {
-          even[k] = even[k] + a * load(block + d * kKeyBlock + k * V::lanes);
-          odd[k] = odd[k] + c * load(block + (d + 1) * kKeyBlock + k * V::lanes);
-        }
-      }
-      if (d < dim) {
-        const V a = V::broadcast(query[d]);
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < parts; ++k) even[k] = even[k] + a * load(block + d * kKeyBlock + k * V::lanes);
-      }
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < parts; ++k) store(weights + b * kKeyBlock + k * V::lanes, even[k] + odd[k]);
-    }
-  }
-
-  // Scores to weights, against the highest so far.
-  VPFAST_INLINE void weigh(int64_t count) {
-    V top = V::broadcast(high);
-    for (int64_t i = 0; i < count; i += V::lanes) top = maximum(top, load(weights + i));
-    W highest = high;
-    W lane[V::lanes];
-    store(lane, top);
-    for (int k = 0; k < V::lanes; ++k) highest = lane[k] > highest ? lane[k] : highest;
-    const V base = V::broadcast(highest);
-    store_part(lane, exp2(V::broadcast(high) - base), 1);
-    const W shrink = lane[0];
-    V total_weight = V::broadcast(0);
-    for (int64_t i = 0; i < count; i += V::lanes) {
-      const V weight = exp2(load(weights + i) - base);
-      total_weight = total_weight + weight;
-      store(weights + i, weight);
-    }
-    sum = sum * shrink + total(total_weight);
-    high = highest;
-    if (shrink != 1) {
-      for (int64_t d = 0; d < dim; ++d) out[d] *= shrink;
-    }
-  }
-
-  VPFAST_INLINE void add(int64_t first, int64_t begin, int64_t end) {
-    for (int64_t d = 0; d < dim; d += V::lanes) {
-      const int64_t part = dim - d < V::lanes ? dim - d : V::lanes;
-      const W* from = values + first * dim + d;
-      if (part == V::lanes) {
-        V a = load(out + d), b = V::broadcast(0), c = b, e = b;
-        int64_t i = begin;
-        for (; i + 4 <= end; i += 4) {
-          a = a + V::broadcast(weights[i]) * load(from + i * dim);
-          b = b + V::broadcast(weights[i + 1]) * load(from + (i + 1) * dim);
-          c = c + V::broadcast(weights[i + 2]) * load(from + (i + 2) * dim);
-          e = e + V::broadcast(weights[i + 3]) * load(from + (i + 3) * dim);
-        }
-        for (; i < end; ++i) a = a + V::broadcast(weights[i]) * load(from + i * dim);
-        store(out + d, (a + b) + (c + e));
-      } else {
-        V a = load_part(out + d, part);
-        for (int64_t i = begin; i < end; ++i) a = a + V::broadcast(weights[i]) * load_part(from + i * dim, part);
-        store_part(out + d, a, part);
-      }
-    }
-  }
-};
-
-// --- the choice of a code ---
+#include "sample_codes/sample_codes_maps.h"
 
 // Numbered as in vpfast/models/shrvqvae/random.py; -1 where a logit is not finite.
 template <class W>
@@ -248,7 +47,29 @@ int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t cli
   return best;
 }
 
-// --- the network at one position after another ---
+#include "sample_codes/sample_codes_attention.h"
+
+// How many positions a pass evaluates: twice as many as passes made known lately. Wrong guesses come in clusters, so
+// that a model of odds judges long runs too low; and rows past the first wrong guess are not lost, as guesses to come.
+class Pace {
+ public:
+  explicit Pace(int64_t always) : always_(always) {}
+
+  int64_t next() const {
+    if (always_ > 0) return always_;
+    const auto rows = static_cast<int64_t>(2 * known_ + 0.999);
+    return rows <= 2 ? 2 : least((rows + 3) / 4 * 4, kRun);  // groups that fill the registers, or next to nothing
+  }
+
+  void saw(int64_t known) { known_ += 0.1 * (static_cast<double>(known) - known_); }
+
+ private:
+  int64_t always_;
+  double known_ = 4;
+};
+
+// What became of a guess.
+constexpr int64_t kWrong = 1, kNotFinite = 2;
 
 template <class W>
 struct Frame {
@@ -256,171 +77,246 @@ struct Frame {
   const Network<W>& net;
   const Member& member;
   int64_t clip;
-  W *x, *y, *z;                                 // shared: the features, and what layers hand on
-  W *own, *gathered, *local, *heads, *weights;  // this member's
+  Rows<W> x, y, z;                        // shared: the features, and what layers hand on
+  int64_t* verdicts;                      // shared, one a row
+  Rows<W> own, gathered, local, queries;  // this member's
+  W* weights;
   double* scores;
 
-  VPFAST_INLINE Frame(const Problem<W>& problem, int64_t clip, const Member& member, W* shared, W* scratch,
-                      double* doubles)
-      : p(problem), net(problem.network), member(member), clip(clip) {
-    x = shared;
-    y = x + net.channels;
-    z = y + net.hidden;
-    own = scratch;
-    gathered = own + net.channels;
-    local = gathered + net.hidden * kMaxTaps;
-    heads = local + 4 * net.hidden;
-    weights = heads + net.hidden;
-    scores = doubles;
+  VPFAST_INLINE Frame(const Problem<W>& problem, int64_t clip, const Member& member, const Memory<W>& memory)
+      : p(problem), net(problem.network), member(member), clip(clip), verdicts(memory.verdicts), scores(memory.scores) {
+    W* next = memory.shared;
+    const auto rows = [&](int64_t columns) {
+      const Rows<W> taken{next, whole_lines(columns)};
+      next += kRun * taken.step;
+      return taken;
+    };
+    x = rows(net.channels);
+    y = rows(net.hidden);
+    z = rows(net.channels);
+    next = memory.own;
+    own = rows(net.channels);
+    gathered = rows(kMaxTaps * net.channels);
+    local = rows(4 * net.hidden);
+    queries = rows(net.head_dim);
+    weights = next;
   }
 
   void meet() { wait(*member.barrier, member.size); }
 
+  static Rows<const W> read(const Rows<W>& rows) { return {rows.first, rows.step}; }
+  static Rows<const W> same(const W* row) { return {row, 0}; }
+
+  // The member's share of rows.
+  Interval rows_of(int64_t rows) const {
+    return {rows * member.rank / member.size, rows * (member.rank + 1) / member.size};
+  }
+
+  int64_t* codes_at(int64_t cell) { return p.codes + (clip * p.length + p.time * p.cells + cell) * net.depths; }
+
   // False where a logit is not finite: nothing more is sampled then.
   bool run() {
-    for (int64_t cell = 0; cell < p.cells; ++cell) {
-      const Place place = place_of(net.masks[0], p.time * p.cells + cell);
-      enter(cell);
-      for (int64_t b = 0; b < net.block_count; ++b) {
-        gated(net.blocks[b], cell);
-        if (net.blocks[b].attention) attend(*net.blocks[b].attention, place);
-      }
-      if (!leave(cell)) return false;
+    if (member.rank == 0) guess();
+    meet();
+    Pace pace(p.run);
+    for (int64_t cell = 0; cell < p.cells;) {
+      const int64_t rows = least(pace.next(), p.cells - cell);
+      evaluate(cell, rows);
+      int64_t known = 0, verdict = 0;
+      while (known < rows && verdict == 0) verdict = verdicts[known++];
+      if (verdict & kNotFinite) return false;
+      pace.saw(known);
+      cell += known;
     }
+    show({p.cells - 1, p.cells});
     return true;
   }
 
-  // What stem and past frames say about the position.
-  VPFAST_INLINE void enter(int64_t cell) {
-    meet();  // the codes of the position before are known to all
-    const Conv<W>& conv = net.stem;
-    gather(conv, cell, nullptr);
-    const Interval mine = share_of(net.channels, member);
-    apply(x, conv.frame + (clip * p.cells + cell) * net.channels, gathered, conv.taps, mine.begin, mine.end);
-    meet();
-  }
-
-  // The inputs at the present taps, one after another; the last one is `own` where it is given.
-  VPFAST_INLINE void gather(const Conv<W>& conv, int64_t cell, const W* own_input) {
-    const W* inputs = conv.inputs + clip * conv.total * conv.channels;
-    const int64_t known = own_input ? conv.count - 1 : conv.count;
-    for (int64_t tap = 0; tap < known; ++tap) {
-      const W* from = inputs + (conv.cells[cell * conv.count + tap] + conv.shift) * conv.channels;
-      std::memcpy(gathered + tap * conv.channels, from, sizeof(W) * conv.channels);
+  // Until they are known, the codes of the frame before stand for the frame's.
+  void guess() {
+    for (int64_t cell = 0; cell < p.cells; ++cell) {
+      int64_t* codes = codes_at(cell);
+      for (int64_t depth = net.first_depth; depth < net.last_depth; ++depth) {
+        const int64_t before = p.time > 0 ? codes[depth - p.cells * net.depths] : 0;
+        codes[depth] = before >= 0 && before < net.codebook_size ? before : 0;
+      }
     }
-    if (own_input) std::memcpy(gathered + known * conv.channels, own_input, sizeof(W) * conv.channels);
   }
 
-  VPFAST_INLINE void keep(const Conv<W>& conv, int64_t cell, const W* input) {
-    if (member.rank != 0) return;
-    W* to = conv.inputs + (clip * conv.total + conv.own[cell] + conv.shift) * conv.channels;
-    std::memcpy(to, input, sizeof(W) * conv.channels);
-  }
-
-  VPFAST_INLINE void gated(const Block<W>& block, int64_t cell) {
-    const int64_t channels = net.channels;
-    normalise(own, x, block.norm, channels);
-    keep(block.conv, cell, own);
-    gather(block.conv, cell, own);
-    const W* base = block.conv.frame + (clip * p.cells + cell) * 2 * channels;
-    const Interval mine = share_of(channels, member);
-    apply(local, base, gathered, block.conv.taps, mine.begin, mine.end);
-    apply(local, base, gathered, block.conv.taps, channels + mine.begin, channels + mine.end);
-    gate(y + mine.begin, local + mine.begin, local + channels + mine.begin, mine.end - mine.begin);
+  // The network at `rows` positions from `cell` on, from the codes that are known or guessed of those before each.
+  // Their codes become what is chosen, which is right up to the first one that was guessed wrong, that one included.
+  VPFAST_INLINE void evaluate(int64_t cell, int64_t rows) {
+    show({cell > 0 ? cell - 1 : 0, cell + rows - 1});
     meet();
-    add(y, block.out, mine);
+    enter(cell, rows);
+    for (int64_t b = 0; b < net.block_count; ++b) {
+      gated(net.blocks[b], cell, rows);
+      if (net.blocks[b].attention) attend(*net.blocks[b].attention, cell, rows);
+    }
+    leave(cell, rows);
+  }
+
+  // What later positions see of the codes at these cells: embeddings, and the linear layer after them.
+  VPFAST_INLINE void show(Interval cells) {
+    const Interval mine = rows_of(cells.end - cells.begin);
+    const int64_t channels = net.channels;
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const int64_t* codes = codes_at(cells.begin + row);
+      W* sum = gathered[row];
+      for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
+      for (int64_t depth = 0; depth < net.depths; ++depth) {
+        if (!net.embeddings[depth]) continue;
+        const W* embedding = net.embeddings[depth] + codes[depth] * channels;
+        for (int64_t c = 0; c < channels; ++c) sum[c] += embedding[c];
+      }
+      gelu(sum, {0, channels});
+    }
+    const Rows<W> from{gathered[mine.begin], gathered.step}, to{local[mine.begin], local.step};
+    apply(to, same(net.mix.bias), read(from), net.mix, {0, channels}, mine.end - mine.begin);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      std::memcpy(input_at(net.stem, cells.begin + row), local[row], sizeof(W) * channels);
+    }
+  }
+
+  W* input_at(const Conv<W>& conv, int64_t cell) {
+    return conv.inputs + (clip * conv.total + conv.own[cell] + conv.shift) * conv.channels;
+  }
+
+  // What stem and past frames say about the positions.
+  VPFAST_INLINE void enter(int64_t cell, int64_t rows) {
+    const Conv<W>& conv = net.stem;
+    gather(conv, cell, rows);
+    apply(x, said_before(conv, cell), read(gathered), conv.taps, share_of(net.channels, member), rows);
+    meet();
+  }
+
+  VPFAST_INLINE Rows<const W> said_before(const Conv<W>& conv, int64_t cell) {
+    return {conv.frame + (clip * p.cells + cell) * conv.taps.out, conv.taps.out};
+  }
+
+  // The inputs at the present taps, one after another.
+  VPFAST_INLINE void gather(const Conv<W>& conv, int64_t cell, int64_t rows) {
+    const W* inputs = conv.inputs + (clip * conv.total + conv.shift) * conv.channels;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t* cells = conv.cells + (cell + row) * conv.count;
+      for (int64_t tap = 0; tap < conv.count; ++tap) {
+        std::memcpy(gathered[row] + tap * conv.channels, inputs + cells[tap] * conv.channels,
+                    sizeof(W) * conv.channels);
+      }
+    }
+  }
+
+  VPFAST_INLINE void gated(const Block<W>& block, int64_t cell, int64_t rows) {
+    const int64_t channels = net.channels;
+    const Interval some = rows_of(rows), mine = share_of(channels, member);
+    for (int64_t row = some.begin; row < some.end; ++row) {
+      normalise(input_at(block.conv, cell + row), x[row], block.norm, channels);
+    }
+    meet();
+    gather(block.conv, cell, rows);
+    const Rows<const W> base = said_before(block.conv, cell);
+    apply(local, base, read(gathered), block.conv.taps, mine, rows);
+    apply(local, base, read(gathered), block.conv.taps, {channels + mine.begin, channels + mine.end}, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      gate(y[row] + mine.begin, local[row] + mine.begin, local[row] + channels + mine.begin, mine.end - mine.begin);
+    }
+    meet();
+    add(y, block.out, mine, rows);
   }
 
   // x += bias + from matrix, a member its columns.
-  VPFAST_INLINE void add(const W* from, const Affine<W>& map, Interval mine) {
-    for (int64_t c = mine.begin; c < mine.end; ++c) local[c] = x[c] + map.bias[c];
-    apply(x, local, from, map, mine.begin, mine.end);
+  VPFAST_INLINE void add(const Rows<W>& from, const Affine<W>& map, Interval mine, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t c = mine.begin; c < mine.end; ++c) x[row][c] += map.bias[c];
+    }
+    apply(x, read(x), read(from), map, mine, rows);
     meet();
   }
 
-  VPFAST_INLINE void attend(const Attention<W>& attention, const Place& place) {
-    const int64_t dim = net.head_dim, inner = net.heads * dim;
-    normalise(own, x, attention.norm1, net.channels);
-    for (int64_t head = member.rank; head < net.heads; head += member.size) {
-      for (int64_t part = 0; part < 3; ++part) {
-        const int64_t first = part * inner + head * dim;
-        apply(local, attention.qkv.bias, own, attention.qkv, first, first + dim);
-      }
-      const int64_t plane = clip * net.heads + head, blocks = (p.length + kKeyBlock - 1) / kKeyBlock;
-      W* keys = attention.keys + plane * blocks * dim * kKeyBlock;
-      W* values = attention.values + plane * p.length * dim;
-      W* key = keys + place.index / kKeyBlock * dim * kKeyBlock + place.index % kKeyBlock;
-      const W unit = W(1.4426950408889634) / std::sqrt(static_cast<W>(dim));
-      for (int64_t d = 0; d < dim; ++d) {
-        key[d * kKeyBlock] = local[inner + head * dim + d];
-        values[place.index * dim + d] = local[2 * inner + head * dim + d];
-        heads[d] = local[head * dim + d] * unit;
-      }
-      Head<W> one{heads, keys, values, dim, y + head * dim, weights, 0, 0};
-      one.attend(net.masks[head % net.mask_count], place);
+  VPFAST_INLINE void attend(const Attention<W>& attention, int64_t cell, int64_t rows) {
+    Place places[kRun];
+    for (int64_t row = 0; row < rows; ++row) {
+      places[row] = place_of(net.masks[0], p.time * p.cells + cell + row);
+      normalise(own[row], x[row], attention.norm1, net.channels);
     }
+    for (int64_t head = member.rank; head < net.heads; head += member.size) look(attention, head, places, rows);
     meet();
     const Interval mine = share_of(net.channels, member), wide = share_of(attention.widen.out, member);
-    add(y, attention.output, mine);
-    normalise(own, x, attention.norm2, net.channels);
-    apply(y, attention.widen.bias, own, attention.widen, wide.begin, wide.end);
-    gelu(y, wide.begin, wide.end);
+    add(y, attention.output, mine, rows);
+    for (int64_t row = 0; row < rows; ++row) normalise(own[row], x[row], attention.norm2, net.channels);
+    apply(y, same(attention.widen.bias), read(own), attention.widen, wide, rows);
+    for (int64_t row = 0; row < rows; ++row) gelu(y[row], wide);
     meet();
-    add(y, attention.narrow, mine);
+    add(y, attention.narrow, mine, rows);
+  }
+
+  // One head at these places, whose keys and values are kept first.
+  VPFAST_INLINE void look(const Attention<W>& attention, int64_t head, const Place* places, int64_t rows) {
+    const int64_t dim = net.head_dim, inner = net.heads * dim;
+    for (int64_t part = 0; part < 3; ++part) {
+      const Interval columns{part * inner + head * dim, part * inner + head * dim + dim};
+      apply(local, same(attention.qkv.bias), read(own), attention.qkv, columns, rows);
+    }
+    const int64_t plane = (clip * net.heads + head) * whole_lines(p.length) * dim;
+    W *keys = attention.keys + plane, *values = attention.values + plane;
+    const W unit = W(1.4426950408889634) / std::sqrt(static_cast<W>(dim));
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = places[row].index;
+      const int64_t in_block = at / kKeyBlock * dim * kKeyBlock + at % kKeyBlock;
+      const W* made = local[row] + head * dim;
+      for (int64_t d = 0; d < dim; ++d) {
+        keys[in_block + d * kKeyBlock] = made[inner + d];
+        values[in_block + d * kKeyBlock] = made[2 * inner + d];
+        queries[row][d] = made[d] * unit;
+      }
+    }
+    Head<W> one{keys, values, dim, read(queries), {y[0] + head * dim, y.step}, weights, weights + 4 * kChunk, 0,
+                -1,   {},     {}};
+    one.attend(net.masks[head % net.mask_count], places, rows);
   }
 
   // The codes of all layers of this pass, each seeing those before it.
-  VPFAST_INLINE bool leave(int64_t cell) {
-    const int64_t channels = net.channels, count = net.codebook_size;
-    int64_t* codes = p.codes + (clip * p.length + p.time * p.cells + cell) * net.depths;
-    normalise(own, x, net.norm, channels);
-    int64_t chosen[kMaxDepths];
-    for (int64_t depth = 0; depth < net.depths; ++depth) {
-      if (depth < net.first_depth) chosen[depth] = codes[depth];
-    }
+  VPFAST_INLINE void leave(int64_t cell, int64_t rows) {
+    const int64_t channels = net.channels;
+    for (int64_t row = 0; row < rows; ++row) normalise(own[row], x[row], net.norm, channels);
     const Interval wide = share_of(net.mlp1.out, member), mine = share_of(channels, member);
     for (int64_t depth = 0; depth < net.last_depth; ++depth) {
       if (depth >= net.first_depth) {
-        apply(y, net.mlp1.bias, own, net.mlp1, wide.begin, wide.end);
-        gelu(y, wide.begin, wide.end);
+        apply(y, same(net.mlp1.bias), read(own), net.mlp1, wide, rows);
+        for (int64_t row = 0; row < rows; ++row) gelu(y[row], wide);
         meet();
-        apply(z, net.mlp2.bias, y, net.mlp2, mine.begin, mine.end);
+        apply(z, same(net.mlp2.bias), read(y), net.mlp2, mine, rows);
         meet();
-        apply(local, net.logits[depth].bias, z, net.logits[depth], 0, count);
-        chosen[depth] = choose(p, local, scores, clip, cell, depth);
-        if (chosen[depth] < 0) return false;
+        settle(cell, depth, rows_of(rows));
+        meet();
       }
-      if (net.parents[depth]) {
-        for (int64_t c = 0; c < channels; ++c) own[c] += net.parents[depth][chosen[depth] * channels + c];
+      if (!net.parents[depth]) continue;
+      for (int64_t row = 0; row < rows; ++row) {
+        const W* parent = net.parents[depth] + codes_at(cell + row)[depth] * channels;
+        for (int64_t c = 0; c < channels; ++c) own[row][c] += parent[c];
       }
     }
-    meet();  // all have read the codes of the layers before
-    if (member.rank == 0) {
-      for (int64_t depth = net.first_depth; depth < net.last_depth; ++depth) codes[depth] = chosen[depth];
-    }
-    show(cell, chosen);
-    return true;
   }
 
-  // What later positions see of these codes.
-  VPFAST_INLINE void show(int64_t cell, const int64_t* chosen) {
-    if (member.rank != 0) return;
-    const int64_t channels = net.channels;
-    for (int64_t c = 0; c < channels; ++c) local[c] = 0;
-    for (int64_t depth = 0; depth < net.depths; ++depth) {
-      if (!net.embeddings[depth]) continue;
-      for (int64_t c = 0; c < channels; ++c) local[c] += net.embeddings[depth][chosen[depth] * channels + c];
+  // The codes of one layer in these rows, which the member chooses.
+  VPFAST_INLINE void settle(int64_t cell, int64_t depth, Interval rows) {
+    const Affine<W>& map = net.logits[depth];
+    const Rows<W> from{z[rows.begin], z.step}, to{local[rows.begin], local.step};
+    apply(to, same(map.bias), read(from), map, {0, map.out}, rows.end - rows.begin);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t chosen = choose(p, local[row], scores, clip, cell + row, depth);
+      int64_t& code = codes_at(cell + row)[depth];
+      if (depth == net.first_depth) verdicts[row] = 0;
+      if (chosen != code) verdicts[row] |= chosen < 0 ? kNotFinite : kWrong;
+      code = chosen < 0 ? 0 : chosen;
     }
-    gelu(local, 0, channels);
-    apply(own, net.mix.bias, local, net.mix, 0, channels);
-    keep(net.stem, cell, own);
   }
 };
 
 // The frame of one clip, by one member of its team.
 template <class W>
-bool sample_frame(const Problem<W>& p, int64_t clip, const Member& member, W* shared, W* scratch, double* scores) {
-  return Frame<W>(p, clip, member, shared, scratch, scores).run();
+bool sample_frame(const Problem<W>& p, int64_t clip, const Member& member, const Memory<W>& memory) {
+  return Frame<W>(p, clip, member, memory).run();
 }
 
 }  // namespace sample_codes

@@ -9,11 +9,14 @@ namespace vpfast::sample_codes {
 
 using masked_attention3d::Mask;
 
-// Keys lie in blocks of this many, component by component, so that they are scored in the lanes of a register.
+// Keys and values lie in blocks of this many, component by component.
 constexpr int64_t kKeyBlock = 16;
 
-// Weights of this many keys wait in the L1 cache.
-constexpr int64_t kChunk = 256;
+// Queries look at this many keys at a time, which the L1 cache holds with their values.
+constexpr int64_t kChunk = 128;
+
+// At most so many positions are evaluated together.
+constexpr int64_t kRun = 16;
 
 constexpr int64_t kMaxDepths = 16;
 constexpr int64_t kMaxTaps = 16;
@@ -45,7 +48,7 @@ template <class W>
 struct Attention {
   Norm<W> norm1, norm2;
   Affine<W> qkv, output, widen, narrow;
-  W *keys, *values;  // (clips, heads, blocks, head_dim, 16), (clips, heads, T H W, head_dim)
+  W *keys, *values;  // (clips, heads, blocks, head_dim, 16) each
 };
 
 template <class W>
@@ -90,17 +93,29 @@ struct Problem {
   const int64_t* keys;          // (clips, 2), of the random stream
   double temperature;
   int64_t top_k;
+  int64_t run;  // positions evaluated together; 0: as many as pay
 };
 
-// Elements of working memory that members of a team share, and that each has of its own.
+// Working memory: of a team, of a member, and of a member whatever the type.
+template <class W>
+struct Memory {
+  W *shared, *own;
+  int64_t* verdicts;  // the team's, kRun
+  double* scores;     // codebook_size
+};
+
+inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
+
 template <class W>
 int64_t shared_elements(const Network<W>& net) {
-  return net.channels + 2 * net.hidden;
+  return kRun * (2 * whole_lines(net.channels) + whole_lines(net.hidden));
 }
 
 template <class W>
 int64_t own_elements(const Network<W>& net) {
-  return net.channels + (kMaxTaps + 5) * net.hidden + kChunk + kKeyBlock;
+  const int64_t rows = whole_lines(net.channels) + whole_lines(kMaxTaps * net.channels) + whole_lines(4 * net.hidden) +
+                       whole_lines(net.head_dim);
+  return kRun * rows + 4 * kChunk + kRun * (net.head_dim + 1) * kKeyBlock;
 }
 
 }  // namespace vpfast::sample_codes

@@ -141,6 +141,74 @@ def test_more_keys_than_one_chunk_of_weights() -> None:
     assert torch.equal(sample(prior, codes, 1), in_torch(prior, codes, 1))
 
 
+def kept(prior: STPixelCNN, codes: Tensor, horizon: int, run: int, **options: Any) -> list[Tensor]:
+    """The codes, and what the last pass of each layer of codes keeps of its layers: inputs, keys and values."""
+    passes: dict[int, CompiledPass] = {}
+    original = CompiledPass.sample
+
+    def remembered(self: CompiledPass, *arguments: Any) -> bool:
+        passes[id(self)] = self
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledPass, "sample", remembered)
+        patch.setattr(compiled, "_RUN", run)
+        found = [sample(prior, codes, horizon, **options)]
+    for each in passes.values():
+        found += [each.cache.stem.inputs, *(conv.inputs for _, conv, _ in each.layers)]
+        found += [tensor for _, _, after in each.layers for tensor in after[-2:] if tensor.dim() == 5]
+    return found
+
+
+@pytest.mark.parametrize("attention", ["full", "axial", "window", "none"])
+@pytest.mark.parametrize("code_order", ["depth", "independent", "layers"])
+def test_positions_evaluated_together_give_the_bits_of_each_alone(isa: str, attention: str, code_order: str) -> None:
+    """Whatever is guessed of the codes before them, and to the last bit of every feature."""
+    for dtype, draws in ((torch.float32, DRAWS["likeliest"]), (torch.float64, DRAWS["drawn"])):
+        prior = network(dtype, attention=attention, code_order=code_order)
+        codes = clip(prior, 2, (1, 5, 6))
+        alone = kept(prior, codes, 2, run=1, **draws)
+        assert torch.equal(alone[0], in_torch(prior, codes, 2, **draws))
+        for run in (2, 3, 5, 16, 0):
+            assert all(map(torch.equal, kept(prior, codes, 2, run=run, **draws), alone))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=DRAWS)
+def test_together_or_alone_by_any_number_of_threads(count: int, draws: dict[str, Any], threads: None) -> None:
+    """With more keys than one chunk, groups of queries of every size, and runs that end amid a frame's last row."""
+    prior = network(torch.float32, prior_channels=32, prior_heads=4, prior_head_dim=16, attention="full")
+    codes = clip(prior, 1, (2, 9, 10))
+    torch.set_num_threads(1)
+    alone = kept(prior, codes, 1, run=1, **draws)
+    torch.set_num_threads(count)
+    for run in (1, 4, 7, 12, 16, 0):
+        assert all(map(torch.equal, kept(prior, codes, 1, run=run, **draws), alone))
+
+
+@pytest.mark.parametrize("run", [1, 16])
+def test_guesses_need_not_be_codes(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from the frame before, of which the operator itself is told anything."""
+    monkeypatch.setattr(compiled, "_RUN", run)
+    arguments = passed(network())
+    expected = arguments[0].clone()
+    arguments[0] = torch.full_like(arguments[0], 10**6)
+    torch.ops.vpfast.sample_codes(*arguments)
+    assert torch.equal(arguments[0][:, 6:], expected[:, 6:])
+
+
+@pytest.mark.parametrize("run", [1, 16, 0])
+def test_a_wrong_guess_that_leads_to_no_numbers_is_forgotten(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a frame before, code 0 is guessed; what follows from it is not finite, but 1 is chosen everywhere."""
+    prior = network(attention_window=(None, None, None))
+    with torch.no_grad():
+        for head in prior.heads:
+            head.bias[1] += 1000
+        prior.embed[0].weight[0] = torch.inf
+    monkeypatch.setattr(compiled, "_RUN", run)
+    assert (sample(prior, torch.empty(1, 0, 4, 5, 3, dtype=torch.int64), 2) == 1).all()
+
+
 @pytest.mark.parametrize("code_order", ["depth", "layers"])
 def test_weights_may_lie_anyhow_in_memory(code_order: str) -> None:
     prior = network(code_order=code_order)
@@ -200,7 +268,7 @@ def passed(prior: STPixelCNN, call: int = 0) -> list[Any]:
         (4, lambda grid: [1, *grid[1:]], "outside of the clip|another shape"),
         (5, lambda masks: ["diagonal"], "no mask 'diagonal'"),
         (6, lambda windows: windows[:2], "masks and windows"),
-        (7, lambda sizes: sizes[:-1], "15 sizes"),
+        (7, lambda sizes: sizes[:-1], "16 sizes"),
         (7, lambda sizes: [*sizes[:7], 99, *sizes[8:]], "sizes that cannot be"),
     ],
 )

@@ -20,6 +20,9 @@ from vpfast.ops._backend import current_backend, native_devices
 _KEY_BLOCK = 16
 """Keys lie in blocks of so many, component by component."""
 
+_RUN = 0
+"""Positions evaluated together, 1 to 16, or 0: as many as pay. The codes do not depend on it."""
+
 
 def serves(prior: STPixelCNN, codes: Tensor) -> bool:
     """Can the kernel sample from this network, under the backend that is chosen?"""
@@ -80,7 +83,7 @@ class CompiledPass:
             [length // cells, *size],
             self.masks,
             self.windows,
-            [*self.sizes, time, stem.window.frame],
+            [*self.sizes, time, stem.window.frame, _RUN],
             choice.temperature,
             choice.top_k or self.prior.config.codebook_size,
         )
@@ -98,7 +101,7 @@ class CompiledPass:
         if attention is not None and keys_values is not None:
             after += [*_norm(attention.norm1), *_affine(attention.attention.qkv), *_affine(attention.attention.output)]
             after += [*_norm(attention.norm2), *_affine(attention.ffn[0]), *_affine(attention.ffn[2])]
-            after += [_in_blocks(keys_values.keys), keys_values.values]
+            after += [_in_blocks(keys_values.keys), _in_blocks(keys_values.values)]
         return _norm(block.norm), conv, after
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values, require
+from vpfast.models.shrvqvae import fused
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import Reduction, Scaling, SHRVQVAEConfig
 from vpfast.models.storage import storable
@@ -19,6 +20,9 @@ from vpfast.ops import codeword_search
 
 _PIXELS_AT_ONCE = 2**20
 """Pixels that encode and decode send through the network in one go: 64 frames of 128x128."""
+
+_PIXELS_IN_CACHE = 2**17
+"""The same on the CPU, whose caches hold the maps of as many."""
 
 
 class HRVQVAEOutput(NamedTuple):
@@ -157,7 +161,12 @@ class HRVQVAE(nn.Module):
 
     def _indices_of(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, h, w, n)."""
-        latent = self.encoder(self._to_network(frames)).movedim(1, -1)
+        weights = fused.packed(self.encoder, frames)
+        if weights is None:
+            maps = self.encoder(self._to_network(frames))
+        else:
+            maps = fused.latent(self.encoder, weights, frames, _GAIN[self.config.scaling])
+        latent = maps.movedim(1, -1)
         require(
             torch.isfinite(latent).all(),
             "the encoder gives values that are not finite: its weights are not, or overflow in half precision",
@@ -258,7 +267,11 @@ def _frames_at_once(height: int, width: int) -> int:
 
 def _parts(of_frames: Tensor, height: int, width: int) -> Sequence[Tensor]:
     """A tensor (N, ...) of N frames in parts of so many; in one where it is compiled, for any N."""
-    return [of_frames] if torch.compiler.is_compiling() else of_frames.split(_frames_at_once(height, width))
+    if torch.compiler.is_compiling():
+        return [of_frames]
+    pixels = min(_PIXELS_AT_ONCE, _PIXELS_IN_CACHE) if of_frames.device.type == "cpu" else _PIXELS_AT_ONCE
+    parts: Sequence[Tensor] = of_frames.split(max(pixels // (height * width), 1))
+    return parts
 
 
 class _ResidualBlock(nn.Module):

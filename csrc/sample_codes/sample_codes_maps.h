@@ -1,0 +1,161 @@
+// Affine maps of several vectors, and functions of single numbers. Part of sample_codes_kernel.h.
+//
+// Every sum runs over its terms in one order, whatever rows and columns stand beside it: a vector gives the same
+// numbers alone and among others.
+
+// a b + c. Where products are fused they are all: left to itself the compiler fuses some and leaves others, by what
+// stands beside them.
+#if VPFAST_ISA_LEVEL == 0
+template <class X>
+VPFAST_INLINE X multiply_add(X a, X b, X c) {
+  return c + a * b;
+}
+#else
+VPFAST_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+VPFAST_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+VPFAST_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {__builtin_fma(a.v, b.v, c.v)}; }
+#if VPFAST_ISA_LEVEL == 2
+VPFAST_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+  return {(FloatLanes)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+}
+#else
+VPFAST_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+  return {(FloatLanes)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+}
+#endif
+#endif
+
+// Vectors, each `step` elements after the one before; 0 is one vector for all.
+template <class W>
+struct Rows {
+  W* first;
+  int64_t step;
+  VPFAST_INLINE W* operator[](int64_t row) const { return first + row * step; }
+};
+
+// As many rows as share what is read of a matrix: with two registers of columns they fill the registers there are.
+constexpr int64_t kRowsTogether = kLanes == 16 ? 8 : 4;
+
+// A member's share of `columns`: whole blocks of 16, so that no two write to one cache line.
+VPFAST_INLINE Interval share_of(int64_t columns, const Member& member) {
+  const int64_t blocks = (columns + 15) / 16, each = (blocks + member.size - 1) / member.size;
+  const int64_t begin = member.rank * each * 16, end = begin + each * 16;
+  return {begin < columns ? begin : columns, end < columns ? end : columns};
+}
+
+// R rows from row `r` on by C registers of columns from column `c` on: y = base + x matrix.
+template <int R, int C, class W>
+VPFAST_INLINE void tile_of(const Rows<W>& y, const Rows<const W>& base, const Rows<const W>& x, const Affine<W>& map,
+                           int64_t r, int64_t c) {
+  using V = typename Lanes<W>::type;
+  V sum[R][C];
+  const W* from[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    from[i] = x[r + i];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) sum[i][j] = load(base[r + i] + c + j * V::lanes);
+  }
+  const W* matrix = map.matrix + c;
+  for (int64_t k = 0; k < map.in; ++k, matrix += map.out) {
+    V column[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) column[j] = load(matrix + j * V::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const V factor = V::broadcast(from[i][k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) sum[i][j] = multiply_add(factor, column[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) store(y[r + i] + c + j * V::lanes, sum[i][j]);
+  }
+}
+
+// C registers of columns of all rows.
+template <int C, class W>
+VPFAST_INLINE void strip_of(const Rows<W>& y, const Rows<const W>& base, const Rows<const W>& x, const Affine<W>& map,
+                            int64_t rows, int64_t c) {
+  int64_t r = 0;
+  for (; r + kRowsTogether <= rows; r += kRowsTogether) tile_of<kRowsTogether, C>(y, base, x, map, r, c);
+  for (; r + 4 <= rows; r += 4) tile_of<4, C>(y, base, x, map, r, c);
+  for (; r + 2 <= rows; r += 2) tile_of<2, C>(y, base, x, map, r, c);
+  if (r < rows) tile_of<1, C>(y, base, x, map, r, c);
+}
+
+// Columns [begin, end) of y = base + x matrix; y may be base.
+template <class W>
+void apply(Rows<W> y, Rows<const W> base, Rows<const W> x, const Affine<W>& map, Interval columns, int64_t rows) {
+  using V = typename Lanes<W>::type;
+  int64_t c = columns.begin;
+  if (rows == 1) {
+    for (; c + 8 * V::lanes <= columns.end; c += 8 * V::lanes) tile_of<1, 8>(y, base, x, map, 0, c);
+  }
+  for (; c + 2 * V::lanes <= columns.end; c += 2 * V::lanes) strip_of<2>(y, base, x, map, rows, c);
+  for (; c + V::lanes <= columns.end; c += V::lanes) strip_of<1>(y, base, x, map, rows, c);
+  for (; c < columns.end; ++c) {
+    for (int64_t r = 0; r < rows; ++r) {
+      W sum = base[r][c];
+      for (int64_t i = 0; i < map.in; ++i) sum = multiply_add(x[r][i], map.matrix[i * map.out + c], sum);
+      y[r][c] = sum;
+    }
+  }
+}
+
+// erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+VPFAST_INLINE F32 error_function(F32 x) {
+  const F32 one = F32::broadcast(1.0f), size = magnitude(x);
+  const F32 t = one / (one + 0.3275911f * size);
+  const F32 p =
+      ((((F32::broadcast(1.061405429f) * t - F32::broadcast(1.453152027f)) * t + F32::broadcast(1.421413741f)) * t -
+        F32::broadcast(0.284496736f)) *
+           t +
+       F32::broadcast(0.254829592f)) *
+      t;
+  return with_sign_of(one - p * exp2(F32::broadcast(-1.44269504f) * size * size), x);
+}
+VPFAST_INLINE F64 error_function(F64 x) { return {std::erf(x.v)}; }
+
+template <class W>
+void gelu(W* x, Interval columns) {
+  using V = typename Lanes<W>::type;
+  for (int64_t i = columns.begin; i < columns.end; i += V::lanes) {
+    const int64_t count = columns.end - i < V::lanes ? columns.end - i : V::lanes;
+    const V v = load_part(x + i, count);
+    const V half = V::broadcast(W(0.5)) * v;
+    store_part(x + i, half + half * error_function(V::broadcast(W(0.70710678118654752)) * v), count);
+  }
+}
+
+// y = tanh(a) sigmoid(b)
+template <class W>
+void gate(W* y, const W* a, const W* b, int64_t count) {
+  using V = typename Lanes<W>::type;
+  for (int64_t i = 0; i < count; i += V::lanes) {
+    const int64_t part = count - i < V::lanes ? count - i : V::lanes;
+    store_part(y + i, product(sigmoid(load_part(b + i, part)), tanh(load_part(a + i, part))), part);
+  }
+}
+
+template <class W>
+void normalise(W* y, const W* x, const Norm<W>& norm, int64_t count) {
+  using V = typename Lanes<W>::type;
+  const int64_t whole = count / V::lanes * V::lanes;
+  V sums = V::broadcast(0);
+  for (int64_t i = 0; i < whole; i += V::lanes) sums = sums + load(x + i);
+  W mean = total(sums);
+  for (int64_t i = whole; i < count; ++i) mean += x[i];
+  mean /= static_cast<W>(count);
+  V squares = V::broadcast(0);
+  for (int64_t i = 0; i < whole; i += V::lanes) {
+    const V away = load(x + i) - V::broadcast(mean);
+    squares = squares + away * away;
+  }
+  W variance = total(squares);
+  for (int64_t i = whole; i < count; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  const W scale = W(1) / std::sqrt(variance / static_cast<W>(count) + W(1e-5));
+  for (int64_t i = 0; i < count; ++i) y[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+}

@@ -1,0 +1,185 @@
+"""The encoder by oneDNN's fused convolutions: the maps and codes of the modules, with the weights of the moment."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vpfast
+from vpfast.models import HRVQVAE, SHRVQVAEConfig
+from vpfast.models.shrvqvae import fused, hrvqvae
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "KTH": {},
+    "Moving MNIST": {"in_channels": 1, "latent_channels": 4, "codebook_size": 4},
+    "unit scaling, one width": {"channels": (24,), "scaling": "unit", "residual_blocks": 3},
+    "no residual blocks": {"channels": (5, 7, 11), "residual_blocks": 0, "latent_channels": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def fused_is_there() -> None:
+    with torch.no_grad():
+        if fused.packed(autoencoder().encoder, frames(1)) is None:
+            pytest.skip("needs oneDNN's fused convolutions")
+
+
+def autoencoder(**changes: Any) -> HRVQVAE:
+    """Codebooks on the scale of the latent, so that all layers are in use."""
+    torch.manual_seed(0)
+    model = HRVQVAE(SHRVQVAEConfig(**changes)).eval()
+    with torch.no_grad():
+        spread = model.encoder(frames(4, model.config.in_channels) - 0.5).std()
+        for depth, codebook in enumerate(model.quantizer.codebooks):
+            codebook.copy_(spread * 0.6**depth * torch.randn(codebook.shape))
+    return model
+
+
+def frames(count: int, channels: int = 3, seed: int = 1) -> Tensor:
+    return torch.rand(count, channels, 32, 48, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def by_modules(model: HRVQVAE, x: Tensor) -> Tensor:
+    return model.encoder(model._to_network(x))
+
+
+@torch.no_grad()
+def in_one_pass(model: HRVQVAE, x: Tensor) -> Tensor:
+    weights = fused.packed(model.encoder, x)
+    assert weights is not None
+    return fused.latent(model.encoder, weights, x, hrvqvae._GAIN[model.config.scaling])
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 2e-6 * expected.abs().max())
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_maps_of_the_modules(changes: dict[str, Any], count: int) -> None:
+    model = autoencoder(**changes)
+    x = frames(count, model.config.in_channels)
+    before = x.clone()
+    found = in_one_pass(model, x)
+    assert near(found, by_modules(model, x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, before)
+    assert torch.equal(in_one_pass(model, x.transpose(2, 3).contiguous().transpose(2, 3)), found)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_the_codes_of_the_modules(changes: dict[str, Any]) -> None:
+    """Where the two nearest codewords are further apart than rounding moves them."""
+    model = autoencoder(**changes)
+    x = frames(12, model.config.in_channels)
+    with vpfast.backend("reference"):
+        expected = model.indices(x)
+    exact, books = by_modules(copy.deepcopy(model).double(), x.double()).movedim(1, -1), model.quantizer.codebooks
+    residual, row, clear = exact.clone(), torch.zeros(exact.shape[:-1], dtype=torch.int64), None
+    for layer, book in enumerate(books):
+        of_row = book.double().unflatten(0, (-1, model.config.codebook_size))[row]
+        nearest = (residual.unsqueeze(-2) - of_row).square().sum(-1).topk(2, -1, largest=False).values
+        apart = nearest[..., 1] - nearest[..., 0] > 1e-5 * exact.square().sum(-1).max()
+        clear = apart if clear is None else clear & apart
+        row = row * model.config.codebook_size + expected[..., layer]
+        residual = residual - book.double()[row]
+    assert clear is not None
+    assert clear.float().mean() > 0.95
+    assert len(expected.unique()) > 1
+    assert torch.equal(model.indices(x)[clear], expected[clear])
+
+
+def test_frames_have_the_codes_that_they_have_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clip = autoencoder(), frames(9)
+    together = model.indices(clip)
+    assert torch.equal(torch.cat([model.indices(frame) for frame in clip.split(1)]), together)
+    monkeypatch.setattr(hrvqvae, "_PIXELS_IN_CACHE", 2 * 32 * 48)
+    assert torch.equal(model.indices(clip), together)
+
+
+def loaded(model: HRVQVAE) -> None:
+    model.load_state_dict({name: 0.5 * value for name, value in model.state_dict().items()})
+
+
+def trained(model: HRVQVAE) -> None:
+    model.encoder(frames(1)).square().sum().backward()
+    torch.optim.Adam(model.encoder.parameters(), lr=0.1).step()
+
+
+def written_past_autograd(model: HRVQVAE) -> None:
+    model.encoder[2].weight.data.mul_(2)
+
+
+def written_through_numpy(model: HRVQVAE) -> None:
+    model.encoder[0].weight.detach().numpy()[:] *= -1
+
+
+def replaced(model: HRVQVAE) -> None:
+    model.encoder[-1].weight = torch.nn.Parameter(model.encoder[-1].weight.detach() + 1)
+
+
+@pytest.mark.parametrize("change", [loaded, trained, written_past_autograd, written_through_numpy, replaced])
+def test_weights_are_those_of_the_moment(change: Callable[[HRVQVAE], None]) -> None:
+    model, x = autoencoder(), frames(2)
+    before = in_one_pass(model, x)
+    change(model)
+    after = in_one_pass(model, x)
+    assert near(after, by_modules(model, x))
+    assert not near(after, before)
+
+
+def test_a_model_that_has_encoded_is_copied_and_stored_as_ever() -> None:
+    model, x = autoencoder(), frames(2)
+    names = list(model.state_dict())
+    codes = model.indices(x)
+    assert list(model.state_dict()) == names
+    assert torch.equal(copy.deepcopy(model).indices(x), codes)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).indices(x), codes)
+
+
+def test_where_it_does_not_serve_the_modules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = autoencoder(), frames(2)
+
+    def refuse(*arguments: object) -> Tensor:
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(fused, "latent", refuse)
+    with pytest.raises(AssertionError, match="fused"):
+        model.indices(x)
+    for dtype in (torch.float64, torch.bfloat16):
+        copy.deepcopy(model).to(dtype).indices(x.to(dtype))
+    model.indices(x[:0])
+    with vpfast.backend("reference"):
+        model.indices(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.indices(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        model.indices(x)
+    model.encoder[1].register_forward_hook(lambda module, given, made: None)
+    model.indices(x)
+    model.encoder[1]._forward_hooks.clear()
+    monkeypatch.setattr(fused, "_OPERATORS", ("an_operator_that_is_not_there",))
+    model.indices(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("name", ["0.bias", "2.weight", "5.narrow.weight", "8.bias"])
+def test_values_that_are_not_finite_are_told(value: float, name: str) -> None:
+    """Those that a ReLU of oneDNN would make 0, too; a value that is large and no more is encoded as ever."""
+    model = autoencoder()
+    x = frames(1)
+    model.indices(x)
+    with torch.no_grad():
+        model.encoder.get_parameter(name).view(-1)[0] = value
+    if bool(by_modules(model, x).isfinite().all()):
+        with vpfast.backend("reference"):
+            expected = model.indices(x)
+        assert torch.equal(model.indices(x), expected)
+        return
+    with pytest.raises(ValueError, match="the encoder gives values that are not finite"):
+        model.indices(x)
