@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vpfast
 from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, Predictor, SHRVQVAEConfig
+from vpfast.models.shrvqvae import sample
 from vpfast.ops import _native
 from vpfast.ops._backend import BackendError
 
@@ -205,3 +206,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="there is no folder"):
         predictor.package(FRAMES, tmp_path / "nowhere" / "model.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@needs_kernels
+def test_the_kernel_writes_what_its_operator_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    original = torch.ops.vpfast.sample_frame
+    monkeypatch.setattr(torch.ops.vpfast, "sample_frame", lambda *given: calls.append(given) or original(*given))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model = codes()
+    sample(model.prior, model.autoencoder.indices(FRAMES), HORIZON)
+    monkeypatch.undo()
+    assert len(calls) == HORIZON
+    torch.library.opcheck(original.default, calls[-1], test_utils=("test_schema", "test_faketensor"))
