@@ -22,7 +22,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def fused_is_there() -> None:
+def fused_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LEAST_PIXELS", 0)
     with torch.no_grad():
         if fused.packed(autoencoder().encoder, frames(1)) is None:
             pytest.skip("needs oneDNN's fused convolutions")
@@ -163,6 +164,11 @@ def test_where_it_does_not_serve_the_modules_do(monkeypatch: pytest.MonkeyPatch)
     model.encoder[1].register_forward_hook(lambda module, given, made: None)
     model.indices(x)
     model.encoder[1]._forward_hooks.clear()
+    monkeypatch.setattr(fused, "_LEAST_PIXELS", 2 * 32 * 48 + 1)
+    model.indices(x)
+    monkeypatch.setattr(fused, "_LEAST_PIXELS", 2 * 32 * 48)
+    with pytest.raises(AssertionError, match="fused"):
+        model.indices(x)
     monkeypatch.setattr(fused, "_OPERATORS", ("an_operator_that_is_not_there",))
     model.indices(x)
 

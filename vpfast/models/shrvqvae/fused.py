@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 
+_LEAST_PIXELS = 2**14  # of all frames together; fewer do not pay for looking at the weights
 _LARGEST_PIXEL = 1e4  # on the network's scale: frames further outside of [0, 1] are refused before
 _OPERATORS = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
 
@@ -75,6 +76,7 @@ def _serves(encoder: nn.Sequential, frames: Tensor) -> bool:
         and frames.device.type == "cpu"
         and frames.dtype == torch.float32
         and frames.numel() > 0
+        and frames[:, 0].numel() >= _LEAST_PIXELS
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
         and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
