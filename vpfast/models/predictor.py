@@ -25,7 +25,7 @@ class Predictor(nn.Module):
     >>> torch.export.save(predictor.export(frames), "exported.pt2")
     >>> predictor.package(frames, "compiled.pt2")
 
-    The two files run where ``vpfast.ops`` is imported; the models' code is not needed:
+    The two files run where ``vpfast.ops`` of the same version is imported; the models' code is not needed:
 
     >>> future = torch.export.load("exported.pt2").module()(frames)
     >>> future = torch._inductor.aoti_load_package("compiled.pt2")(frames)
