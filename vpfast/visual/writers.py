@@ -81,7 +81,8 @@ def growing_mp4(path: str | os.PathLike[str], fps: float = 10) -> Iterator[Calla
     or still the old one, when it fails, or no frame came.
 
     Raises:
-        as :func:`write_mp4`; ValueError for frames of another size than those before.
+        TypeError, ValueError, ImportError: as :func:`write_mp4`.
+        ValueError: frames of another size than those before.
     """
     _check_fps(fps, most=1000)
     av = _import_av()
