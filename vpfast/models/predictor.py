@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ class Predictor(nn.Module):
         _check_compiler()
         program = self.export(frames, any_batch=False)
         # The name goes into the archive: a draft's would stay there.
-        with TemporaryDirectory() as folder, new_file(path, replace=True) as draft:
+        with TemporaryDirectory() as folder, new_file(path, replace=True) as draft, catch_warnings():
+            simplefilter("ignore", FutureWarning)  # torch tells itself what it will change
             compiled = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(Path(folder, path.name)), inductor_configs={"cpp.dynamic_threads": True}
             )
