@@ -1,6 +1,7 @@
 # Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
 #   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
+#   make docs   the pages, into build/site
 #   make gpu-check   on a machine with a GPU: build, tests, benchmarks in ten minutes, with the packages of PYTHON, no network
 # TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
@@ -14,13 +15,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
-.PHONY: demo test lint format bench gpu-check resources clean
+.PHONY: demo test docs lint format bench gpu-check resources clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
