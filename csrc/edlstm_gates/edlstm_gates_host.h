@@ -15,6 +15,7 @@
 
 #include "common/devices.h"
 #include "common/layout.h"
+#include "common/text.h"
 #include "edlstm_gates/edlstm_gates_problem.h"
 
 namespace vpfast {
@@ -87,7 +88,7 @@ Problem plan(const Tensor& gates, const Tensor& c_prev, const std::string& order
 //   Device(const Tensor&)                   what must hold while tensors are made and kernels run
 //   forward<TG, TC>(const Problem&) const   and backward
 template <class Device>
-std::tuple<Tensor, Tensor> forward(Tensor gates, Tensor c_prev, std::string order) {
+std::tuple<Tensor, Tensor> forward(Tensor gates, Tensor c_prev, Text order) {
   check_inputs(gates, c_prev, order);
   const Device device(gates);
   const Layout layout = layout_of(gates);
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> forward(Tensor gates, Tensor c_prev, std::string orde
 
 template <class Device>
 std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c, Tensor gates,
-                                    Tensor c_prev, std::string order) {
+                                    Tensor c_prev, Text order) {
   check_inputs(gates, c_prev, order);
   if (grad_h) check_device("edlstm_gates", {"gates", gates}, {"grad_h", *grad_h});
   if (grad_c) check_device("edlstm_gates", {"gates", gates}, {"grad_c", *grad_c});

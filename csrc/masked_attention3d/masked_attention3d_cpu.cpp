@@ -33,6 +33,7 @@
 #include "common/aligned.h"
 #include "common/amx.h"
 #include "common/isa.h"
+#include "common/text.h"
 #include "masked_attention3d/masked_attention3d_mask.h"
 #include "masked_attention3d/masked_attention3d_math.h"
 #include "masked_attention3d/masked_attention3d_problem.h"
@@ -411,7 +412,7 @@ Tensor decode(const Tensor& q, Tensor k, Tensor v, Tensor positions, const Mask&
 
 // --- by type ---
 
-std::tuple<Tensor, Tensor> masked_attention3d(Tensor q, Tensor k, Tensor v, std::vector<int64_t> grid, std::string mask,
+std::tuple<Tensor, Tensor> masked_attention3d(Tensor q, Tensor k, Tensor v, std::vector<int64_t> grid, Text mask,
                                               std::vector<int64_t> window, double scale) {
   const Mask m = mask_of(grid, mask, window);
   check_inputs(q, k, v, m.length());
@@ -426,8 +427,7 @@ std::tuple<Tensor, Tensor> masked_attention3d(Tensor q, Tensor k, Tensor v, std:
 
 std::tuple<Tensor, Tensor, Tensor> masked_attention3d_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
                                                                Tensor out, Tensor lse, std::vector<int64_t> grid,
-                                                               std::string mask, std::vector<int64_t> window,
-                                                               double scale) {
+                                                               Text mask, std::vector<int64_t> window, double scale) {
   const Mask m = mask_of(grid, mask, window);
   check_inputs(q, k, v, m.length());
   check_shape("q", q, q, m.length());
@@ -447,8 +447,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention3d_backward(Tensor grad_out, 
               : backward<float>(grad_out, q, k, v, out, lse, m, scale);
 }
 
-Tensor masked_attention3d_decode(Tensor q, Tensor k, Tensor v, Tensor positions, std::vector<int64_t> grid,
-                                 std::string mask, std::vector<int64_t> window, double scale) {
+Tensor masked_attention3d_decode(Tensor q, Tensor k, Tensor v, Tensor positions, std::vector<int64_t> grid, Text mask,
+                                 std::vector<int64_t> window, double scale) {
   const Mask m = mask_of(grid, mask, window);
   check_inputs(q, k, v, m.length());
   STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == q.size(2) && positions.scalar_type() == ScalarType::Long,

@@ -32,6 +32,7 @@
 
 #include "common/aligned.h"
 #include "common/isa.h"
+#include "common/text.h"
 #include "masked_attention3d/masked_attention3d_mask.h"
 #include "masked_attention3d/masked_attention3d_math.h"
 #include "sample_codes/sample_codes_math.h"
@@ -316,9 +317,8 @@ bool run(const Call<W>& call, int64_t threads) {
 
 template <class W>
 bool sample(Tensor codes, const std::vector<Tensor>& tensors, const std::vector<Tensor>& tables, Tensor keys,
-            const std::vector<int64_t>& grid, const std::vector<std::string>& masks,
-            const std::vector<int64_t>& windows, const std::vector<int64_t>& sizes, double temperature, int64_t top_k,
-            int64_t threads, ScalarType type) {
+            const std::vector<int64_t>& grid, const std::vector<Text>& masks, const std::vector<int64_t>& windows,
+            const std::vector<int64_t>& sizes, double temperature, int64_t top_k, int64_t threads, ScalarType type) {
   Call<W> call;
   Problem<W>& p = call.p;
   const Sizes s = sizes_of(sizes);
@@ -352,7 +352,7 @@ bool sample(Tensor codes, const std::vector<Tensor>& tensors, const std::vector<
 }
 
 bool sample_codes(Tensor codes, std::vector<Tensor> tensors, std::vector<Tensor> tables, Tensor keys,
-                  std::vector<int64_t> grid, std::vector<std::string> masks, std::vector<int64_t> windows,
+                  std::vector<int64_t> grid, std::vector<Text> masks, std::vector<int64_t> windows,
                   std::vector<int64_t> sizes, double temperature, int64_t top_k, int64_t threads) {
   STD_TORCH_CHECK(!tensors.empty(), "sample_codes: no tensors");
   const ScalarType type = tensors[0].scalar_type();
