@@ -2,11 +2,7 @@
 
     python examples/finetune_folder.py run/weights VIDEOS tuned --steps 2000
 
-Every fifth video is held apart, and the weights that predict those best are kept. The command line does it with
-logs, checkpoints, several processes and a schedule:
-
-    vpfast train --config mspn/moving-digits --init run/weights --data.kind video-folder --data.root VIDEOS \
-        --data.val.include "*_val*" --out tuned
+Every fifth video is held apart, and the weights that predict those best are kept.
 """
 
 import argparse

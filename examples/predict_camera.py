@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vpfast
 from vpfast.data.resize import resize, to_grey
-from vpfast.models import load
+from vpfast.models import MSPN, SHRVQVAE, load
 
 SIZE = (64, 64)
 
@@ -68,7 +68,10 @@ def prepared(frame: Tensor, channels: int) -> Tensor:
 
 
 def main(weights: str, source: str, *options: str) -> None:
-    model = vpfast.optimize(load(weights))
+    trained = load(weights)
+    if not isinstance(trained, MSPN | SHRVQVAE):
+        raise SystemExit(f"{weights} holds a {type(trained).__name__}, must be an MSPN or an SHRVQVAE")
+    model = vpfast.optimize(trained)
     stream = vpfast.Stream(model)
     predicted, frames, error = None, 0, 0.0
     for seen in newest(camera(source, "--pace" in options)):
