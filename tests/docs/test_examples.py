@@ -45,7 +45,7 @@ def video(path, frames=12):
 
 
 def test_every_example_has_its_page_and_its_test():
-    here = (ROOT / "tests/docs/test_examples.py").read_text() + (ROOT / "tests/export/test_export.py").read_text()
+    here = (ROOT / "tests/docs/test_examples.py").read_text() + (ROOT / "tests/export/test_predictor.py").read_text()
     pages = "".join(page.read_text() for page in (ROOT / "docs/examples").glob("*.md"))
     for path in (ROOT / "examples").glob("*.py"):
         assert path.name in here, path.name
