@@ -12,6 +12,8 @@ TRITON ?= triton==3.6.0
 # For tests, without the torchvision that it asks for: pip would fetch one with another torch.
 LPIPS ?= --no-deps lpips==0.1.4
 VENV ?= .venv
+# Tests at the same time, each on one thread unless it asks for more.
+JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
@@ -21,7 +23,8 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

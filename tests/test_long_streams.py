@@ -14,6 +14,8 @@ import vpfast
 from vpfast import Stream
 from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
 
+pytestmark = pytest.mark.alone  # all that the process holds is counted
+
 CONTEXT = 4
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 from itertools import count, islice
 
@@ -174,7 +173,7 @@ def interrupt(monkeypatch, after, act):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_keeps_what_was_seen(live, tmp_path, monkeypatch, signum):
     before = signal.getsignal(signum)
-    interrupt(monkeypatch, 7, lambda: os.kill(os.getpid(), signum))
+    interrupt(monkeypatch, 7, lambda: signal.raise_signal(signum))
     code, said, _ = live("--json", "--loop", "--out", tmp_path / "live.mp4")
     assert code == 128 + signum
     assert (json.loads(said)["frames"], json.loads(said)["stopped_by"]) == (7, signum.name)
@@ -184,12 +183,12 @@ def test_a_signal_keeps_what_was_seen(live, tmp_path, monkeypatch, signum):
 
 
 def test_a_signal_is_told(live, video, monkeypatch):
-    interrupt(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     assert live()[1].startswith(f"1 frame of {video}, until SIGINT, the next one predicted after each\nlatency ")
 
 
 def test_a_second_interrupt_gives_up(live, tmp_path, monkeypatch):
-    interrupt(monkeypatch, 7, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    interrupt(monkeypatch, 7, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     code, said, _ = live("--loop", "--out", tmp_path / "live.mp4")
     assert (code, said) == (128 + signal.SIGINT, "")
     assert [path.name for path in tmp_path.iterdir()] == ["film.avi"]

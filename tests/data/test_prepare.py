@@ -335,6 +335,7 @@ test_prepare.prepare(Slow(names=("a", "b", "c", "d")), sys.argv[2], sys.argv[3],
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_half_way_it_goes_on(src, tmp_path, how):
     """Killed alone, or by Ctrl-C with all its workers; nobody is left working, and what was done is kept."""
