@@ -187,6 +187,15 @@ def test_a_signal_is_told(live, video, monkeypatch):
     assert live()[1].startswith(f"1 frame of {video}, until SIGINT, the next one predicted after each\nlatency ")
 
 
+@pytest.fixture
+def default_interrupt():
+    """What SIGINT does to a program; a process that runs tests beside others may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_a_second_interrupt_gives_up(live, tmp_path, monkeypatch):
     interrupt(monkeypatch, 7, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     code, said, _ = live("--loop", "--out", tmp_path / "live.mp4")
