@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 
+import vpfast.cli.train
 import vpfast.models
 from vpfast.cli import _options
 from vpfast.cli.train import TrainConfig
@@ -30,6 +32,17 @@ TINY = [
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "run"
+
+
+def test_tiny_numbers_are_zero_while_training(command, out, monkeypatch):
+    def product():
+        return (torch.tensor(1e-30) * torch.tensor(1e-10)).item()
+
+    seen = []
+    monkeypatch.setattr(vpfast.cli.train, "train", lambda config, resume: seen.append(product()))
+    assert command("train", *TINY, "--steps", "2", "--out", out)[0] == 0
+    assert seen == [0.0]
+    assert 0 < product() < 1.2e-38
 
 
 def test_train_and_resume(command, out):
