@@ -43,30 +43,6 @@
 
 namespace vpfast::sample_codes {
 
-class alignas(64) Barrier {
- public:
-  void wait(int64_t members) {
-    const int64_t phase = phase_.load(std::memory_order_acquire);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
-      waiting_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t turns = 0; phase_.load(std::memory_order_acquire) == phase; ++turns) {
-      if (turns > kSpins) std::this_thread::yield();
-    }
-  }
-
- private:
-  static constexpr int64_t kSpins = 20000;  // some 10 microseconds
-  std::atomic<int64_t> waiting_{0};
-  alignas(64) std::atomic<int64_t> phase_{0};
-};
-
-void wait(Barrier& barrier, int64_t members) {
-  if (members > 1) barrier.wait(members);
-}
-
 namespace {
 
 using masked_attention3d::mask_of;

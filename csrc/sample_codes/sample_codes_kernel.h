@@ -102,7 +102,7 @@ struct Frame {
     weights = next;
   }
 
-  void meet() { wait(*member.barrier, member.size); }
+  void meet() { member.barrier->wait(member.size); }
 
   static Rows<const W> read(const Rows<W>& rows) { return {rows.first, rows.step}; }
   static Rows<const W> same(const W* row) { return {row, 0}; }

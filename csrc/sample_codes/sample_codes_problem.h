@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/team.h"
 #include "masked_attention3d/masked_attention3d_math.h"
 
 namespace vpfast::sample_codes {
@@ -76,9 +77,7 @@ struct Network {
   Affine<W> mlp1, mlp2, logits[kMaxDepths];
 };
 
-// Members of a team work on one clip together and wait for each other; see sample_codes_cpu.cpp.
-class Barrier;
-void wait(Barrier& barrier, int64_t members);
+// Members of a team work on one clip together and wait for each other.
 
 struct Member {
   int64_t rank, size;
