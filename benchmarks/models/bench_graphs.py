@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vpfast
-from vpfast.benchmarks.models.bench_mspn import EAGER, PSNR, by_reference, plainly_trained, psnr, weights_of
+from vpfast.benchmarks.models.bench_mspn import EAGER, PSNR, by_reference, first_step_check, plainly_trained, psnr
 from vpfast.benchmarks.models.bench_sampler import LATENT
 from vpfast.benchmarks.models.bench_sampler import SMALL as SMALL_LATENT
 from vpfast.benchmarks.problem import (
@@ -33,7 +33,6 @@ from vpfast.models.shrvqvae.captured import CapturablePrior
 
 OVERLAPPED = f"{OWN}, levels overlapped"
 LAUNCHED = f"{OWN}, kernel by kernel"
-STEP_LIMIT = 5e-2  # Adam's first step is the gradients' signs, and those of some near 0 are rounding's
 
 
 # --- predicting -------------------------------------------------------------------------------------------------------
@@ -112,20 +111,13 @@ class Training:
         torch.manual_seed(0)
         model = MSPN(MSPNConfig.preset("compact" if place.small else self.preset)).to(place.device)
         frames = torch.rand(self.batch, 2 * context, 1, side, side, device=place.device)
-        models = {name: copy.deepcopy(model) for name in (OWN, EAGER, "right")}
+        models = {name: copy.deepcopy(model) for name in (OWN, EAGER)}
         step = graphed if place.device == "cuda" else plainly_trained
         calls: dict[str, Call] = {
             OWN: step(models[OWN], frames, context, context),
             EAGER: plainly_trained(models[EAGER], frames, context, context),
         }
-        right_loss = float(plainly_trained(models["right"], frames, context, context)()[0])
-        before, right = weights_of(model), weights_of(models["right"])
-
-        def check(name: str, found: tuple[Tensor, ...]) -> None:
-            """The first step's loss, and the weights after it."""
-            hold(name, "relative difference of the loss", abs(float(found[0]) / right_loss - 1), 1e-4)
-            apart = (weights_of(models[name]) - right).norm() / (right - before).norm()
-            hold(name, "relative difference of the step", float(apart), STEP_LIMIT)
+        check = first_step_check(model, models, frames, context, context)
 
         def finish(rows: list[Row]) -> Sequence[Bar]:
             if place.small:

@@ -214,24 +214,33 @@ class TrainingSetting:
 TRAINING = (TrainingSetting("compact", 8, 1.5), TrainingSetting("released-mnist", 1, 1.5))
 
 
+def first_step_check(
+    model: MSPN, models: dict[str, MSPN], frames: Tensor, context: int, horizon: int
+) -> Callable[[str, tuple[Tensor, ...]], None]:
+    """Holds the first step of each of ``models``, its loss and the weights after it, against that of ``model``."""
+    trained = copy.deepcopy(model)
+    right_loss = float(plainly_trained(trained, frames, context, horizon)()[0])
+    before, right = weights_of(model), weights_of(trained)
+
+    def check(name: str, found: tuple[Tensor, ...]) -> None:
+        hold(name, "relative difference of the loss", abs(float(found[0]) / right_loss - 1), 1e-4)
+        apart = (weights_of(models[name]) - right).norm() / (right - before).norm()
+        hold(name, "relative difference of the step", float(apart), STEP_LIMIT)
+
+    return check
+
+
 def training(setting: TrainingSetting, place: Place) -> Problem:
     context, horizon, side, batch = (2, 2, 32, 2) if place.small else (10, 10, 64, setting.batch)
     torch.manual_seed(0)
     model = MSPN(MSPNConfig.preset("compact" if place.small else setting.preset)).to(place.device)
     frames = torch.rand(batch, context + horizon, 1, side, side, device=place.device)
-    models = {name: copy.deepcopy(model) for name in (OWN, EAGER, "right")}
+    models = {name: copy.deepcopy(model) for name in (OWN, EAGER)}
     calls: dict[str, Call] = {
         OWN: as_trained(models[OWN], frames, context, horizon),
         EAGER: plainly_trained(models[EAGER], frames, context, horizon),
     }
-    right_loss = float(plainly_trained(models["right"], frames, context, horizon)()[0])
-    before, right = weights_of(model), weights_of(models["right"])
-
-    def check(name: str, found: tuple[Tensor, ...]) -> None:
-        """The first step's loss, and the weights after it."""
-        hold(name, "relative difference of the loss", abs(float(found[0]) / right_loss - 1), 1e-4)
-        apart = (weights_of(models[name]) - right).norm() / (right - before).norm()
-        hold(name, "relative difference of the step", float(apart), STEP_LIMIT)
+    check = first_step_check(model, models, frames, context, horizon)
 
     def finish(rows: list[Row]) -> Sequence[Bar]:
         wanted = 5.0 if place.gpu else setting.bar
