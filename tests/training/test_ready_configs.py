@@ -16,6 +16,7 @@ from vpfast.training.config import from_dict, to_dict
 from vpfast.training.network import build_model
 
 FILES = sorted((Path(vpfast.__file__).parent / "configs" / "mspn").glob("*.yaml"))
+SMALL = "--config mspn/one-digit "  # the network that comes trained
 COMMANDS = [
     line.removeprefix("#   vpfast train ")
     for path in FILES
@@ -56,7 +57,7 @@ def test_every_file_gives_a_command():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_files_are_valid(command):
     model, _ = built(loaded(shlex.split(command)))
-    assert model > 10_000_000
+    assert model > 10_000_000 or (SMALL in command and model < 300_000)
 
 
 def test_table_1():

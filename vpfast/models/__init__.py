@@ -4,7 +4,7 @@ from vpfast.models.graphed_step import GraphedStep
 from vpfast.models.mspn import MSPN, MSPNConfig, MSPNOutput
 from vpfast.models.predictor import Predictor
 from vpfast.models.shrvqvae import HRVQVAE, SHRVQVAE, Codes, SHRVQVAEConfig, STPixelCNN
-from vpfast.models.storage import load, save
+from vpfast.models.storage import load, pretrained, save
 
 __all__ = [
     "HRVQVAE",
@@ -18,5 +18,6 @@ __all__ = [
     "SHRVQVAEConfig",
     "STPixelCNN",
     "load",
+    "pretrained",
     "save",
 ]

@@ -1,9 +1,12 @@
-"""A model as a folder: ``model.safetensors`` beside ``config.json``. Nothing in it is ever unpickled."""
+"""A model as a folder: ``model.safetensors`` beside ``config.json``. Nothing in it is ever unpickled.
+
+Small trained models come with the package, each by a name that stands for its folder.
+"""
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +20,7 @@ from vpfast._files import new_file
 from vpfast._version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PRETRAINED = Path(__file__).parents[1] / "weights"
 
 
 class _ModelClass(Protocol):
@@ -52,8 +56,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         TypeError: not a model of :mod:`vpfast.models`.
         OSError: there is no room, or no permission.
     """
-    contents = as_files(model)
-    folder = Path(folder)
+    write(as_files(model), Path(folder))
+
+
+def write(contents: Mapping[str, bytes], folder: Path) -> None:
+    """Write files of these names into ``folder`` as :func:`save` does."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as all_written:
         for name, data in contents.items():
@@ -76,31 +83,49 @@ def as_files(model: nn.Module) -> dict[str, bytes]:
 def load(folder: str | os.PathLike[str]) -> nn.Module:
     """The model that :func:`save` wrote into ``folder``: on the CPU, in its saved type, ready to predict.
 
-    It is in evaluation mode, so that batch norm uses and keeps the saved statistics; ``.train()`` it to train on.
+    ``folder`` may be the name of a model that comes with the package, such as ``"mspn-one-digit"``. The model is in
+    evaluation mode, so that batch norm uses and keeps the saved statistics; ``.train()`` it to train on.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: the files are damaged, not vpfast's, of two different saves, or do not fit each other; the message
             names the file and what is wrong.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; a saved model is a folder with {CONFIG} and {WEIGHTS}")
+            named = "" if folder.exists() else f", or one of {', '.join(pretrained())}"
+            raise FileNotFoundError(
+                f"{path} does not exist; a saved model is a folder with {CONFIG} and {WEIGHTS}{named}"
+            )
+    for path in (folder / CONFIG, folder / WEIGHTS):
+        if not path.is_file():  # to open a pipe would be to wait for its writer
+            raise ValueError(f"{path} is not a file; a saved model is a folder with {CONFIG} and {WEIGHTS}")
     description = _read_description(folder / CONFIG)
     model_class, config_class = _kinds[description["model"]]
     state, written_with = _read_weights(folder / WEIGHTS)
     if written_with is not None and written_with != {key: description[key] for key in ("model", "config")}:
         raise ValueError(f"{folder / WEIGHTS} was saved with another configuration than {CONFIG} beside it")
     try:
-        config = config_class(**description["config"])
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"):
+            model = model_class(config_class(**description["config"]))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: this version ({__version__}) cannot build it: {error}") from error
-    with torch.device("meta"):
-        model = model_class(config)
     _check_state(folder / WEIGHTS, state, model.state_dict())
+    _check_types(folder / WEIGHTS, {name: state[name].dtype for name, _ in model.named_parameters()})
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def pretrained() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def folder_of(name: str | os.PathLike[str]) -> Path:
+    """``name`` as the path of a folder or, where nothing is there, as the name of a model of the package."""
+    path = Path(name)
+    return PRETRAINED / path if not path.exists() and str(path) in pretrained() else path
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -115,7 +140,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise ValueError(f'{path} does not describe a vpfast model: it needs "model" and "config"')
@@ -130,10 +155,10 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         written_with = json.loads(metadata["vpfast"]) if "vpfast" in metadata else None
-    except (SafetensorError, ValueError) as error:
+        if written_with is not None:
+            written_with = {key: written_with[key] for key in ("model", "config")}
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if written_with is not None:
-        written_with = {key: written_with[key] for key in ("model", "config")}
     return state, written_with
 
 
@@ -148,3 +173,13 @@ def _check_state(path: Path, found: dict[str, Tensor], needed: dict[str, Tensor]
                 f"{path}: {key!r} has shape {tuple(found[key].shape)}, but {CONFIG} beside it calls for "
                 f"{tuple(tensor.shape)}"
             )
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {key!r} is of {found[key].dtype}, must be of a type such as {tensor.dtype}")
+
+
+def _check_types(path: Path, types: Mapping[str, torch.dtype]) -> None:
+    """A model computes in one type; ValueError names a parameter of another."""
+    first = next(iter(types), "")
+    for key, found in types.items():
+        if found != types[first]:
+            raise ValueError(f"{path}: {key!r} is of {found}, {first!r} of {types[first]}; all must be of one type")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vpfast import models
 from vpfast._files import new_folder
-from vpfast.models.storage import CONFIG, WEIGHTS, as_files
+from vpfast.models.storage import CONFIG, WEIGHTS, as_files, folder_of
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 
 _TRAINING, _STATE, _PROGRESS = "training.json", "state.pt", "checkpoint.json"
@@ -106,6 +106,8 @@ def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
 def read_weights(folder: Path, *kinds: type[M]) -> tuple[M, TrainConfig | None]:
     """The model in ``folder``, or in ``weights`` of a run's folder, and how it was trained where that is known.
 
+    ``folder`` may be the name of a model that comes with the package.
+
     Raises:
         FileNotFoundError, ValueError: no model, a damaged one, or of none of ``kinds``; the message names the file.
     """
@@ -124,16 +126,20 @@ def read_training(folder: Path) -> TrainConfig | None:
         ValueError: the file that says so is damaged; the message names it.
     """
     path = weights_of(folder) / _TRAINING
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise ValueError(f"{path} does not describe a training run: it is not a file")
     try:
         return from_dict(TrainConfig, json.loads(path.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a training run: {error}") from error
 
 
 def weights_of(folder: Path) -> Path:
-    """``folder``, or where it is that of a finished run the one in it that holds the model."""
+    """The folder that holds the model: ``folder``, in that of a finished run the one inside, or that of a model of the
+    package of this name."""
+    folder = folder_of(folder)
     inside = folder / "weights"
     return inside if inside.is_dir() and not (folder / CONFIG).exists() else folder
 

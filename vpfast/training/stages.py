@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from vpfast import models
 from vpfast._files import clear_up, new_folder, write_file
 from vpfast.training import checkpoint, engine
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict, unknown_key
@@ -49,8 +50,10 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     runs = runs_of(config)
     for each in runs.values() or [config]:
         check_tensorboard(each)
-    if config.init is not None and not Path(config.init).is_dir():
-        raise FileNotFoundError(f"init: {config.init} given, must be a folder of weights")
+    if config.init is not None and not checkpoint.weights_of(Path(config.init)).is_dir():
+        raise FileNotFoundError(
+            f"init: {config.init} given, must be a folder of weights, or one of {', '.join(models.pretrained())}"
+        )
     if not runs:
         return engine.run(config, resume, progress)
     out = Path(config.out)

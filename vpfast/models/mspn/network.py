@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vpfast.models._frames import check_count, check_frames, check_size
+from vpfast.models._hub import Pretrained
 from vpfast.models.mspn.config import DownSampling, MSPNConfig
 from vpfast.models.mspn.released import convert_network
 from vpfast.models.storage import storable
@@ -60,7 +61,7 @@ def shrink(maps: Tensor, factor: int, mode: DownSampling) -> Tensor:
 
 
 @storable("mspn", MSPNConfig)
-class MSPN(nn.Module):
+class MSPN(nn.Module, Pretrained):
     """Predicts the next frame at several scales, coarse to fine, from its own prediction errors.
 
     At each step the levels run from the coarsest to the finest; each sees its own last error, the last error of the

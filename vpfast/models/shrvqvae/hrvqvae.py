@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values, require
+from vpfast.models._hub import Pretrained
 from vpfast.models.shrvqvae import fused
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import Reduction, Scaling, SHRVQVAEConfig
@@ -44,7 +45,7 @@ class HRVQVAEOutput(NamedTuple):
 
 
 @storable("hrvqvae", SHRVQVAEConfig)
-class HRVQVAE(nn.Module):
+class HRVQVAE(nn.Module, Pretrained):
     """Turns frames into a few integers a position and back, each frame for itself.
 
     The encoder makes maps (D, H / m, W / m) of a frame, m = ``config.multiple``; the quantizer replaces the vector at

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_frames, check_size
+from vpfast.models._hub import Pretrained
 from vpfast.models.shrvqvae.config import PRIOR_FIELDS, SHRVQVAEConfig
 from vpfast.models.shrvqvae.hrvqvae import HRVQVAE
 from vpfast.models.shrvqvae.loss import check_context, relaxed_latent
@@ -52,7 +53,7 @@ class SHRVQVAEState(NamedTuple):
 
 
 @storable("shrvqvae", SHRVQVAEConfig)
-class SHRVQVAE(nn.Module):
+class SHRVQVAE(nn.Module, Pretrained):
     """Predicts video as codes: an HR-VQVAE makes them of each frame and back, a prior continues them in time.
 
     ``autoencoder`` is the :class:`HRVQVAE`, ``prior`` the :class:`STPixelCNN`. Both are trained one after the other
