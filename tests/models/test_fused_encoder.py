@@ -1,8 +1,9 @@
-"""The encoder by oneDNN's fused convolutions: the maps and codes of the modules, with the weights of the moment."""
+"""The encoder in one pass, on matrix tiles and by oneDNN: maps and codes of the modules, weights of the moment."""
 
 import copy
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 import vpfast
 from vpfast.models import HRVQVAE, SHRVQVAEConfig
 from vpfast.models.shrvqvae import fused, hrvqvae
+from vpfast.models.shrvqvae.tiled import TiledEncoder
+from vpfast.ops import _native
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "KTH": {},
@@ -21,12 +24,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fused_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[TiledEncoder, fused.OneDNNEncoder])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[fused.Engine]]:
+    """Each engine in turn, for frames of any size."""
+    kind: type[fused.Engine] = request.param
+    extension = _native.extension
     monkeypatch.setattr(fused, "_LEAST_PIXELS", 0)
-    with torch.no_grad():
-        if fused.packed(autoencoder().encoder, frames(1)) is None:
-            pytest.skip("needs oneDNN's fused convolutions")
+    if kind is TiledEncoder and (extension is None or extension.isa() != "amx"):
+        pytest.skip("needs a processor with matrix tiles (AMX) and compiled kernels")
+    if kind is fused.OneDNNEncoder and not fused._has_onednn():
+        pytest.skip("needs oneDNN's fused convolutions")
+    if kind is fused.OneDNNEncoder and extension is not None and extension.isa() == "amx":
+        extension.select_isa("avx512")
+    yield kind
+    if extension is not None:
+        extension.select_isa("auto")
 
 
 def autoencoder(**changes: Any) -> HRVQVAE:
@@ -51,9 +63,9 @@ def by_modules(model: HRVQVAE, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def in_one_pass(model: HRVQVAE, x: Tensor) -> Tensor:
-    weights = fused.packed(model.encoder, x)
-    assert weights is not None
-    return fused.latent(model.encoder, weights, x, hrvqvae._GAIN[model.config.scaling])
+    engine = fused.engine_of(model.encoder, x)
+    assert engine is not None
+    return engine.latent(x, hrvqvae._GAIN[model.config.scaling])
 
 
 def near(found: Tensor, expected: Tensor) -> bool:
@@ -143,13 +155,28 @@ def test_a_model_that_has_encoded_is_copied_and_stored_as_ever() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(model)).indices(x), codes)
 
 
-def test_where_it_does_not_serve_the_modules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_meet_in_the_engine_s_memory() -> None:
+    model, clips = autoencoder(), [frames(3, seed=seed) for seed in range(4)]
+    expected = [in_one_pass(model, x) for x in clips]
+    found: dict[int, list[Tensor]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: [in_one_pass(model, clips[i]) for _ in range(20)]}))
+        for i in range(len(clips))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(made, expected[i]) for i in range(len(clips)) for made in found[i])
+
+
+def test_where_it_does_not_serve_the_modules_do(engine: type[fused.Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = autoencoder(), frames(2)
 
     def refuse(*arguments: object) -> Tensor:
         raise AssertionError("fused")
 
-    monkeypatch.setattr(fused, "latent", refuse)
+    monkeypatch.setattr(engine, "latent", refuse)
     with pytest.raises(AssertionError, match="fused"):
         model.indices(x)
     for dtype in (torch.float64, torch.bfloat16):
@@ -159,8 +186,6 @@ def test_where_it_does_not_serve_the_modules_do(monkeypatch: pytest.MonkeyPatch)
         model.indices(x)
     with torch.autocast("cpu", torch.bfloat16):
         model.indices(x)
-    with torch.backends.mkldnn.flags(enabled=False):
-        model.indices(x)
     model.encoder[1].register_forward_hook(lambda module, given, made: None)
     model.indices(x)
     model.encoder[1]._forward_hooks.clear()
@@ -169,8 +194,11 @@ def test_where_it_does_not_serve_the_modules_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fused, "_LEAST_PIXELS", 2 * 32 * 48)
     with pytest.raises(AssertionError, match="fused"):
         model.indices(x)
-    monkeypatch.setattr(fused, "_OPERATORS", ("an_operator_that_is_not_there",))
-    model.indices(x)
+    if engine is fused.OneDNNEncoder:
+        with torch.backends.mkldnn.flags(enabled=False):
+            model.indices(x)
+        monkeypatch.setattr(fused, "_OPERATORS", ("an_operator_that_is_not_there",))
+        model.indices(x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

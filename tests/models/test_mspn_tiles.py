@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"gate_order": "fiog", "widen": "after_pool", "input_kernel_size": 3},
     "rgb, wide kernel": {"in_channels": 3, "input_kernel_size": 7},
     "many hidden channels": {"hidden_channels": 41, "channels": (33, 40, 70)},
+    "weights in slabs": {"channels": (40, 140, 300), "hidden_channels": 33},
 }
 all_variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -156,18 +157,24 @@ def _pair() -> tuple[MSPN, TiledMSPN]:
 
 
 @needs_tiles
-def test_clips_beside_each_other_change_nothing() -> None:
-    model, fast = _pair()
-    frames = clip(model, 3)
+@pytest.mark.parametrize("changes", [{}, VARIANTS["weights in slabs"]], ids=["few channels", "weights in slabs"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_clips_beside_each_other_change_nothing(changes: dict[str, Any], precision: str) -> None:
+    model = lively(**changes)
+    with matmul_precision(precision):
+        fast = vpfast.optimize(model)
+    frames = clip(model, 5, 1, 32, 32)
     together = fast.predict(frames, 2)
-    for k in range(3):
+    for k in range(5):
         assert torch.equal(fast.predict(frames[k : k + 1], 2)[0], together[k])
 
 
 @needs_tiles
-def test_the_number_of_threads_changes_nothing() -> None:
-    model, fast = _pair()
-    frames, before = clip(model, 1, 4, 32, 40), torch.get_num_threads()
+@pytest.mark.parametrize("changes", [{}, VARIANTS["weights in slabs"]], ids=["few channels", "weights in slabs"])
+def test_the_number_of_threads_changes_nothing(changes: dict[str, Any]) -> None:
+    model = lively(**changes)
+    fast = vpfast.optimize(model)
+    frames, before = clip(model, 1, 2, 32, 40), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = fast.predict(frames, 2)

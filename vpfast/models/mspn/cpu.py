@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vpfast.models._frames import check_count, check_frames, check_size
+from vpfast.models._tiles import Size, room
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, MSPNState
-from vpfast.models.mspn.program import Program, Size, Weights, room
+from vpfast.models.mspn.program import MSPNWeights, Program
 from vpfast.ops import _native
 from vpfast.ops._backend import current_backend
 
@@ -50,7 +51,7 @@ class TiledState(NamedTuple):
 
 
 class TiledMSPN:
-    """An MSPN whose steps are one call each (csrc/mspn_step). Weights are copied; the model stays as it is.
+    """An MSPN whose steps are one call each (csrc/tile_program). Weights are copied; the model stays as it is.
 
     float32 models compute as exactly as ``torch.get_float32_matmul_precision()`` asks at the time of the copy:
     ``"highest"`` with the accuracy of float32, ``"high"`` with products of 16 significant bits, ``"medium"`` and
@@ -62,7 +63,7 @@ class TiledMSPN:
         self._weight = model._weight.new_empty(0)
         half = torch.bfloat16 in (dtype, self._weight.dtype)
         self._pieces = 1 if half else _PIECES[torch.get_float32_matmul_precision()]
-        self._weights = Weights(model, self._pieces)
+        self._weights = MSPNWeights(model, self._pieces)
         self._programs: dict[Size, tuple[Program, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -148,7 +149,7 @@ class TiledMSPN:
         arena = self._program(size)[1]
         weights, threads = self._weights.memory, torch.get_num_threads()
         with self._lock:  # the arena is one for all who call
-            torch.ops.vpfast.mspn_step(code, arena, memory, weights, frame, self._pieces, threads)
+            torch.ops.vpfast.tile_program(code, arena, memory, weights, frame, self._pieces, threads)
 
 
 class ChannelsLastMSPN:

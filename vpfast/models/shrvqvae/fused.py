@@ -1,18 +1,21 @@
-"""The encoder of frames without gradients on the CPU: oneDNN's convolutions with what follows them in the same pass.
+"""The encoder of frames without gradients on the CPU: convolutions with what follows them in the same pass.
 
-Maps are channels_last. Bias, ReLU and the sum of a residual block belong to the convolution before them, and weights
-are brought into oneDNN's layout once and not at every call. The numbers are those of the modules to rounding.
+By a program for matrix tiles where the processor has them, else by oneDNN. Bias, ReLU and the sum of a residual block
+belong to the convolution before them, and weights are brought into the layout of either once and not at every call. The
+numbers are those of the modules to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from vpfast.models.shrvqvae.tiled import TiledEncoder
+from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 
 _LEAST_PIXELS = 2**14  # of all frames together; fewer do not pay for looking at the weights
@@ -20,52 +23,50 @@ _LARGEST_PIXEL = 1e4  # on the network's scale: frames further outside of [0, 1]
 _OPERATORS = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
 
 
-class Packed(NamedTuple):
-    """Weights and biases as they were when they were packed, and the weights in oneDNN's layout.
+class Engine(Protocol):
+    """An encoder with the weights that it had when this was made."""
 
-    ``bounded``: no frame of [0, 1] or a little more can make a map that is not finite.
-    """
+    def __init__(self, encoder: nn.Sequential) -> None: ...
+
+    def latent(self, frames: Tensor, gain: float) -> Tensor:
+        """The map of ``(frames - 0.5) * gain``, float32 (N, C, H, W) -> (N, D, H / m, W / m), channels_last."""
+        ...
+
+
+class _Packed(NamedTuple):
+    """``parameters``: as they were then. ``bounded``: frames of [0, 1] or a little more make finite maps alone."""
 
     parameters: Sequence[Tensor]
-    weights: dict[nn.Module, Tensor]
+    engine: Engine
     bounded: bool
 
 
-_PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
-def packed(encoder: nn.Sequential, frames: Tensor) -> Packed | None:
-    """What :func:`latent` needs to take the place of ``encoder`` for these frames; None where the modules must do it.
+def engine_of(encoder: nn.Sequential, frames: Tensor) -> Engine | None:
+    """What takes the place of ``encoder`` for these frames; None where the modules must do it.
 
     They must where somebody looks at them by hooks, and where a map might not be finite: oneDNN's ReLU makes 0 of NaN,
-    which nobody would be told.
+    which nobody would be told, and an infinity is no sum of bfloat16.
     """
-    if not _serves(encoder, frames):
+    kind = _kind(encoder, frames)
+    if kind is None:
         return None
     # Compared, and not watched by their version counters: no way to write into a weight evades that.
     parameters, known = list(encoder.parameters()), _PACKED.get(encoder)
-    if known is None or not all(map(torch.equal, known.parameters, parameters)):
-        known = _PACKED[encoder] = _pack(encoder, parameters)
-    return known if known.bounded else None
+    if known is None or type(known.engine) is not kind or not all(map(torch.equal, known.parameters, parameters)):
+        copies = [parameter.detach().clone() for parameter in parameters]
+        known = _PACKED[encoder] = _Packed(copies, kind(encoder), _is_bounded(encoder))
+    return known.engine if known.bounded else None
 
 
-def latent(encoder: nn.Sequential, weights: Packed, frames: Tensor, gain: float) -> Tensor:
-    """``encoder((frames - 0.5) * gain)``, float32 (N, C, H, W) -> (N, D, H / m, W / m), channels_last."""
-    # Not empty_like: with one channel it would take the strides of the other layout.
-    x = torch.empty(frames.shape, dtype=frames.dtype, memory_format=torch.channels_last)
-    torch.sub(frames, 0.5, out=x)
-    if gain != 1:
-        x *= gain
-    relu = [isinstance(module, nn.ReLU) for module in (*list(encoder)[1:], None)]
-    for module, activated in zip(encoder, relu, strict=True):
-        if isinstance(module, nn.Conv2d):
-            x = _convolved(x, module, weights.weights[module], activated)
-        elif not isinstance(module, nn.ReLU):
-            narrow, widen = module.narrow, module.widen
-            assert isinstance(narrow, nn.Conv2d)
-            assert isinstance(widen, nn.Conv2d)
-            x = _with_residual(x, narrow, widen, weights.weights, activated)
-    return x
+def _kind(encoder: nn.Sequential, frames: Tensor) -> type[Engine] | None:
+    if not _serves(encoder, frames):
+        return None
+    if _native.extension is not None and _native.extension.isa() == "amx":
+        return TiledEncoder
+    return OneDNNEncoder if _has_onednn() else None
 
 
 def _serves(encoder: nn.Sequential, frames: Tensor) -> bool:
@@ -77,27 +78,56 @@ def _serves(encoder: nn.Sequential, frames: Tensor) -> bool:
         and frames.dtype == torch.float32
         and frames.numel() > 0
         and frames[:, 0].numel() >= _LEAST_PIXELS
-        and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
-        and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
         and not autocast_is_on(frames)
         and not is_transformed(frames, *encoder.parameters())
         and not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
     )
 
 
-def _pack(encoder: nn.Sequential, parameters: Sequence[Tensor]) -> Packed:
-    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+def _has_onednn() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+    )
+
+
+def _convolutions(encoder: nn.Sequential) -> list[nn.Conv2d]:
+    return [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _is_bounded(encoder: nn.Sequential) -> bool:
     largest = _LARGEST_PIXEL
-    for module in convolutions:
+    for module in _convolutions(encoder):
         assert module.bias is not None
         added = module.weight.detach().double().abs().sum((1, 2, 3)) * largest + module.bias.detach().double().abs()
         largest += float(added.max())  # a block's output adds to its input
-    return Packed(
-        [parameter.detach().clone() for parameter in parameters],
-        {module: _in_layout(module) for module in convolutions},
-        largest < torch.finfo(torch.float32).max,
-    )
+    return largest < torch.finfo(torch.bfloat16).max
+
+
+class OneDNNEncoder:
+    """By oneDNN's convolutions on channels_last maps."""
+
+    def __init__(self, encoder: nn.Sequential) -> None:
+        self._layers = list(encoder)
+        self._weights: dict[nn.Module, Tensor] = {module: _in_layout(module) for module in _convolutions(encoder)}
+
+    def latent(self, frames: Tensor, gain: float) -> Tensor:
+        # Not empty_like: with one channel it would take the strides of the other layout.
+        x = torch.empty(frames.shape, dtype=frames.dtype, memory_format=torch.channels_last)
+        torch.sub(frames, 0.5, out=x)
+        if gain != 1:
+            x *= gain
+        relu = [isinstance(module, nn.ReLU) for module in (*self._layers[1:], None)]
+        for module, activated in zip(self._layers, relu, strict=True):
+            if isinstance(module, nn.Conv2d):
+                x = _convolved(x, module, self._weights[module], activated)
+            elif not isinstance(module, nn.ReLU):
+                narrow, widen = module.narrow, module.widen
+                assert isinstance(narrow, nn.Conv2d)
+                assert isinstance(widen, nn.Conv2d)
+                x = _with_residual(x, narrow, widen, self._weights, activated)
+        return x
 
 
 def _with_residual(

@@ -162,11 +162,11 @@ class HRVQVAE(nn.Module, Pretrained):
 
     def _indices_of(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, h, w, n)."""
-        weights = fused.packed(self.encoder, frames)
-        if weights is None:
+        engine = fused.engine_of(self.encoder, frames)
+        if engine is None:
             maps = self.encoder(self._to_network(frames))
         else:
-            maps = fused.latent(self.encoder, weights, frames, _GAIN[self.config.scaling])
+            maps = engine.latent(frames, _GAIN[self.config.scaling])
         latent = maps.movedim(1, -1)
         require(
             torch.isfinite(latent).all(),

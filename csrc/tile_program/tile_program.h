@@ -1,4 +1,4 @@
-// What vpfast/models/mspn/program.py writes and the kernels read: instructions of 64-bit integers.
+// What vpfast/models/_tiles.py writes and the kernels read: instructions of 64-bit integers.
 //
 // A map is a stack of images in pieces: a number is the sum of one, two or three bfloat16. 32 channels of a pixel lie
 // together, a cache line, and pixels follow one another; then comes the next piece, then the next 32 channels. So the
@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace vpfast::mspn_step {
+namespace vpfast::tile_program {
 
-enum class Opcode : int64_t { convolve = 0, pool = 1, upsample = 2, gate = 3, gather = 4, compare = 5 };
+enum class Opcode : int64_t { convolve = 0, pool = 1, upsample = 2, gate = 3, gather = 4, compare = 5, patches = 6 };
 enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };
 enum class Target : int64_t { map = 0, rows = 1, planes = 2 };
 
@@ -32,7 +32,8 @@ struct Size {
 };
 
 // One of the maps that a convolution sums over. Its weights: for each 32 output channels, 32 input channels, kernel
-// position and piece, two tiles of 16 rows (pairs of input channels) of 16 pairs (an output channel each).
+// position and piece, two tiles of 16 rows (pairs of input channels) of 16 pairs (an output channel each). Those of
+// three pieces are floats: two tiles of 16 rows of 16 even input channels and 16 odd ones.
 struct Part {
   Map from;
   int64_t kernel_height, kernel_width;
@@ -40,12 +41,12 @@ struct Part {
 };
 
 // to = activation(bias + sum over parts). `to` is a map of pieces; or, in float32, a row of channels a pixel; or a
-// plane for each of the first `planes` channels.
+// plane for each of the first `planes` channels. `also` is a map of the ReLU of `to`, a map too, or has address 0.
 struct Convolve {
   Size size;
   Activation activation;
   Target target;
-  Map to;
+  Map to, also;
   int64_t planes;
   Address bias;
   int64_t parts;  // so many Parts follow
@@ -88,4 +89,15 @@ struct Compare {
   Address prediction, frame, errors, kept;
 };
 
-}  // namespace vpfast::mspn_step
+// What a 4x4 kernel with stride 2 and a border of one 0 sees of each frame's (value - 0.5) gain: 16 channels of a pixel
+// for each of the frame's. Pixel (lattice y + u, lattice x + v) of image i is pixel (y, x) of image
+// (lattice u + v) batch + i of the map, so that further strides step from image to image; `size` is of one of these.
+struct Patches {
+  Size size;
+  int64_t channels, lattice;
+  double gain;
+  Address frames;
+  Map to;
+};
+
+}  // namespace vpfast::tile_program

@@ -1,4 +1,4 @@
-// The instructions of mspn_step on matrix tiles and AVX-512. Included by mspn_step_cpu.cpp beside simd.h.
+// The instructions of tile_program on matrix tiles and AVX-512. Included by tile_program_cpu.cpp beside simd.h.
 //
 // Every function does the share of one of `members` threads. `at` turns addresses into pointers. `pieces`, one to
 // three, is how many bfloat16 a number is the sum of: three hold all bits of a float, and six of the nine products of
@@ -52,134 +52,28 @@ VPFAST_INLINE __m512 activated(__m512 x, Activation activation) {
   return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), below);
 }
 
-// --- convolutions ---
-
-constexpr int64_t kBlock = 32;  // pixels, and output channels, that tiles 0 to 3 sum up
-constexpr int64_t kTileBytes = 1024;
-
-// 32 input channels of 32 (or, where `whole` is false, 16) pixels times those of 32 output channels. Of two sums of
-// pieces the products of pieces i and j with i + j < pieces, in an order in which only one side changes at a time.
-template <int pieces, bool whole>
-VPFAST_INLINE void multiply(const char* pixels, int64_t stride, int64_t piece, const char* weights) {
-  // A tile is loaded right before its products: the one it takes the place of has then been read for a while.
-  const auto with_pixels = [&](int p) VPFAST_INLINE_LAMBDA {
-    VPFAST_TILE_LOAD(4, pixels + p * piece, stride);
-    VPFAST_TILE_MULTIPLY(0, 4, 6);
-    VPFAST_TILE_MULTIPLY(1, 4, 7);
-    if (!whole) return;
-    VPFAST_TILE_LOAD(5, pixels + p * piece + 16 * stride, stride);
-    VPFAST_TILE_MULTIPLY(2, 5, 6);
-    VPFAST_TILE_MULTIPLY(3, 5, 7);
-  };
-  const auto with_weights = [&](int p) VPFAST_INLINE_LAMBDA {
-    VPFAST_TILE_LOAD(6, weights + 2 * p * kTileBytes, 64);
-    VPFAST_TILE_MULTIPLY(0, 4, 6);
-    if (whole) VPFAST_TILE_MULTIPLY(2, 5, 6);
-    VPFAST_TILE_LOAD(7, weights + (2 * p + 1) * kTileBytes, 64);
-    VPFAST_TILE_MULTIPLY(1, 4, 7);
-    if (whole) VPFAST_TILE_MULTIPLY(3, 5, 7);
-  };
-  VPFAST_TILE_LOAD(6, weights, 64);
-  VPFAST_TILE_LOAD(7, weights + kTileBytes, 64);
-#pragma GCC unroll 3
-  for (int p = pieces - 1; p >= 0; --p) with_pixels(p);
-  if (pieces > 1) with_weights(1);
-  if (pieces > 2) {
-    with_pixels(1);
-    VPFAST_TILE_LOAD(4, pixels, stride);
-    if (whole) VPFAST_TILE_LOAD(5, pixels + 16 * stride, stride);
-    with_weights(2);
-  }
-}
-
-template <int pieces, bool whole>
-VPFAST_INLINE void sum_block(const Convolve& c, const Part* parts, const Worker& w, int64_t pixel, int64_t column) {
-  VPFAST_TILE_ZERO(0);
-  VPFAST_TILE_ZERO(1);
-  if (whole) VPFAST_TILE_ZERO(2);
-  if (whole) VPFAST_TILE_ZERO(3);
-  for (int64_t i = 0; i < c.parts; ++i) {
-    const Part& part = parts[i];
-    const int64_t chunks = part.from.channels / kChunk;
-    const int64_t step = 2 * pieces * kTileBytes;
-    const char* weights = w.at.read<char>(part.weights);
-    weights += column * part.kernel_height * part.kernel_width * chunks * step;
-    const char* from = w.at.read<char>(part.from.address) + pixel * kChunkBytes;
-    // Kernel positions innermost: their pixels are nearly the same, and stay in the L1 cache.
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t y = 0; y < part.kernel_height; ++y) {
-        const int64_t shift = (y - part.kernel_height / 2) * part.from.row - part.kernel_width / 2;
-        const char* pixels = from + shift * kChunkBytes + chunk * pieces * part.from.piece;
-        for (int64_t x = 0; x < part.kernel_width; ++x, pixels += kChunkBytes, weights += step) {
-          multiply<pieces, whole>(pixels, kChunkBytes, part.from.piece, weights);
-        }
-      }
-    }
-  }
-  VPFAST_TILE_STORE(0, w.scratch, 4 * kBlock);
-  VPFAST_TILE_STORE(1, w.scratch + 16, 4 * kBlock);
-  if (whole) VPFAST_TILE_STORE(2, w.scratch + 16 * kBlock, 4 * kBlock);
-  if (whole) VPFAST_TILE_STORE(3, w.scratch + 16 * kBlock + 16, 4 * kBlock);
-}
-
-// Writes the sums of a block; pixels between the rows and between the images are left out.
-template <int pieces>
-VPFAST_INLINE void finish_block(const Convolve& c, const Map& grid, const Worker& w, int64_t pixel, int64_t column,
-                                int64_t count) {
-  const float* bias = w.at.read<float>(c.bias) + column * kBlock;
-  const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
-  const Size& size = c.size;
-  int64_t image = pixel / grid.image, y = pixel % grid.image / grid.row, x = pixel % grid.image % grid.row;
-  for (int64_t k = 0; k < count; ++k, ++x) {
-    if (x == grid.row) {
-      x = 0;
-      if (++y == grid.image / grid.row) y = 0, ++image;
-    }
-    if (x >= size.width || y >= size.height || image >= size.batch) continue;
-    const __m512 a = activated(_mm512_add_ps(_mm512_load_ps(w.scratch + k * kBlock), bias0), c.activation);
-    const __m512 b = activated(_mm512_add_ps(_mm512_load_ps(w.scratch + k * kBlock + 16), bias1), c.activation);
-    const int64_t dense = (image * size.height + y) * size.width + x;
-    if (c.target == Target::map) {
-      char* to = w.at.write<char>(c.to.address) + column * pieces * c.to.piece + (pixel + k) * kChunkBytes;
-      store_pieces<pieces>(to, c.to.piece, a);
-      store_pieces<pieces>(to + 2 * kLine, c.to.piece, b);
-    } else if (c.target == Target::rows) {
-      float* to = w.at.write<float>(c.to.address) + dense * c.to.channels + column * kBlock;
-      _mm512_storeu_ps(to, a);
-      _mm512_storeu_ps(to + 16, b);
-    } else {
-      alignas(64) float channels[kBlock];
-      _mm512_store_ps(channels, a);
-      _mm512_store_ps(channels + 16, b);
-      const int64_t area = size.height * size.width, first = column * kBlock;
-      float* to = w.at.write<float>(c.to.address) + (image * c.planes + first) * area + y * size.width + x;
-      for (int64_t j = 0; j < kBlock && first + j < c.planes; ++j) to[j * area] = channels[j];
-    }
-  }
-}
+#include "tile_program/tile_program_convolve.h"
+#include "tile_program/tile_program_narrow.h"
 
 template <int pieces>
 void convolve(const Convolve& c, const Part* parts, const Worker& w) {
   const Map& grid = parts[0].from;
   const int64_t pixels = (c.size.batch - 1) * grid.image + c.size.height * grid.row;
-  const int64_t blocks = (pixels + kBlock - 1) / kBlock, columns = c.to.channels / kBlock;
-  int64_t weight_bytes = 0;
-  for (int64_t i = 0; i < c.parts; ++i) {
-    weight_bytes +=
-        parts[i].kernel_height * parts[i].kernel_width * parts[i].from.channels * c.to.channels * 2 * pieces;
-  }
-  // The weights of all columns stay in the L2 cache, or else those of one.
-  const bool by_pixels = weight_bytes < (1 << 20);
-  for (int64_t unit = w.begin(blocks * columns), end = w.end(blocks * columns); unit < end; ++unit) {
-    const int64_t block = by_pixels ? unit / columns : unit % blocks;
-    const int64_t column = by_pixels ? unit % columns : unit / blocks;
-    const int64_t first = block * kBlock, count = std::min(kBlock, pixels - first);
-    if (count > 16) {
-      sum_block<pieces, true>(c, parts, w, first, column);
-    } else {
-      sum_block<pieces, false>(c, parts, w, first, column);
-    }
-    finish_block<pieces>(c, grid, w, first, column, count);
+  switch (pixels <= kNarrow ? (pixels + 15) / 16 : 0) {
+    case 1:
+      return NarrowConvolution<pieces, 1>(c, parts, w).run();
+    case 2:
+      return NarrowConvolution<pieces, 2>(c, parts, w).run();
+    case 3:
+      return NarrowConvolution<pieces, 3>(c, parts, w).run();
+    case 4:
+      return NarrowConvolution<pieces, 4>(c, parts, w).run();
+    case 5:
+      return NarrowConvolution<pieces, 5>(c, parts, w).run();
+    case 6:
+      return NarrowConvolution<pieces, 6>(c, parts, w).run();
+    default:
+      return Convolution<pieces>(c, parts, w).run();
   }
 }
 
@@ -343,6 +237,44 @@ void gather(const Gather& c, const Worker& w) {
   }
 }
 
+template <int pieces>
+void patches(const Patches& c, const Worker& w) {
+  const Size& size = c.size;
+  const int64_t height = 2 * c.lattice * size.height, width = 2 * c.lattice * size.width, padded = width + 2;
+  const float gain = static_cast<float>(c.gain);
+  const float* frames = w.at.read<float>(c.frames);
+  char* to = w.at.write<char>(c.to.address);
+  AlignedVector<float> seen(c.channels * 4 * padded);  // four rows of each channel, with their borders
+  const int64_t rows = size.batch * height / 2;
+  for (int64_t i = w.begin(rows), end = w.end(rows); i < end; ++i) {
+    const int64_t image = i / (height / 2), row = i % (height / 2);
+    for (int64_t k = 0; k < 4 * c.channels; ++k) {
+      const int64_t y = 2 * row - 1 + k % 4;
+      float* line = seen.data() + k * padded;
+      if (y < 0 || y >= height) {
+        std::fill_n(line, padded, 0.0f);
+        continue;
+      }
+      const float* from = frames + ((image * c.channels + k / 4) * height + y) * width;
+      line[0] = line[width + 1] = 0;
+      for (int64_t x = 0; x < width; ++x) line[x + 1] = (from[x] - 0.5f) * gain;
+    }
+    for (int64_t x = 0; x < width / 2; ++x) {
+      const int64_t place = row % c.lattice * c.lattice + x % c.lattice;
+      char* pixel = to + offset<pieces>(c.to, 0, place * size.batch + image, row / c.lattice, x / c.lattice);
+      for (int64_t channel = 0; channel < c.channels; ++channel) {
+        const float* corner = seen.data() + channel * 4 * padded + 2 * x;
+        __m512 patch = _mm512_castps128_ps512(_mm_loadu_ps(corner));
+        patch = _mm512_insertf32x4(patch, _mm_loadu_ps(corner + padded), 1);
+        patch = _mm512_insertf32x4(patch, _mm_loadu_ps(corner + 2 * padded), 2);
+        patch = _mm512_insertf32x4(patch, _mm_loadu_ps(corner + 3 * padded), 3);
+        char* half = pixel + channel / 2 * pieces * c.to.piece + channel % 2 * 2 * kLine;
+        store_pieces<pieces>(half, c.to.piece, patch);
+      }
+    }
+  }
+}
+
 inline void compare(const Compare& c, const Worker& w) {
   const int64_t height = c.size.height, width = c.size.width, factor = int64_t{1} << c.level, area = height * width;
   const Planes frame{w.at.read<float>(c.frame), c.channels, factor * height, factor * width};
@@ -380,6 +312,8 @@ void run(const int64_t* program, int64_t length, const Worker& w, Barrier& barri
       gate<pieces>(*reinterpret_cast<const Gate*>(fields), w);
     } else if (opcode == Opcode::gather) {
       gather<pieces>(*reinterpret_cast<const Gather*>(fields), w);
+    } else if (opcode == Opcode::patches) {
+      patches<pieces>(*reinterpret_cast<const Patches*>(fields), w);
     } else {
       compare(*reinterpret_cast<const Compare*>(fields), w);
     }

@@ -1,0 +1,12 @@
+"""The operator of networks on matrix tiles, which :mod:`vpfast.models` alone calls: it runs a program of instructions.
+
+Every tensor is memory in which the program's addresses lie: ``arena`` is working room, ``state`` what lasts from call
+to call. There is no reference beside it: those are the models. The kernel is csrc/tile_program.
+"""
+
+from vpfast.ops._library import LIBRARY
+
+LIBRARY.define(
+    "tile_program(Tensor program, Tensor(a!) arena, Tensor(b!) state, Tensor weights, Tensor frame, int pieces,"
+    " int threads) -> ()"
+)
