@@ -32,8 +32,8 @@ struct Size {
 };
 
 // One of the maps that a convolution sums over. Its weights: for each 32 output channels, 32 input channels, kernel
-// position and piece, two tiles of 16 rows (pairs of input channels) of 16 pairs (an output channel each). Those of
-// three pieces are floats: two tiles of 16 rows of 16 even input channels and 16 odd ones.
+// position and piece, two tiles of 16 rows (pairs of input channels) of 16 pairs (an output channel each). Or, in place
+// of three pieces, floats: two tiles of 16 rows of 16 even input channels and 16 odd ones.
 struct Part {
   Map from;
   int64_t kernel_height, kernel_width;
@@ -49,7 +49,8 @@ struct Convolve {
   Map to, also;
   int64_t planes;
   Address bias;
-  int64_t parts;  // so many Parts follow
+  int64_t floats;  // so the weights are
+  int64_t parts;   // so many Parts follow
 };
 
 struct Pool {  // the largest of each 2 x 2 pixels; `size` is of the result

@@ -18,11 +18,9 @@ constexpr int64_t kSlab = 36;  // factors
 constexpr int64_t kRun = 32;   // blocks
 
 template <int pieces>
-constexpr bool kSplits = pieces == 3;
-template <int pieces>
 constexpr int64_t kSplitBytes = 2 * pieces * kTileBytes;  // of a factor's weights, in pieces
-template <int pieces>
-constexpr int64_t kWeightBytes = kSplits<pieces> ? 4 * kSums : kSplitBytes<pieces>;  // the same, as they are kept
+template <int pieces, bool floats>
+constexpr int64_t kWeightBytes = floats ? 4 * kSums : kSplitBytes<pieces>;  // the same, as they are kept
 
 constexpr int64_t kScratch = kRun * kSums + 2 * kSlab * kSplitBytes<3> / 4;  // floats that a thread needs
 
@@ -182,7 +180,7 @@ class Splitting {
 };
 
 // Asks memory for weights, some lines at a time.
-template <int pieces>
+template <int pieces, bool floats>
 class Prefetching {
  public:
   void begin(const Factor* factors, int64_t count, int64_t column) {
@@ -200,7 +198,7 @@ class Prefetching {
   }
 
  private:
-  static constexpr int64_t kLines = kWeightBytes<pieces> / 64;
+  static constexpr int64_t kLines = kWeightBytes<pieces, floats> / 64;
   const Factor* factor_ = nullptr;
   const char* at_ = nullptr;
   int64_t column_ = 0, left_ = 0;  // lines
@@ -208,18 +206,18 @@ class Prefetching {
 
 // --- in which order ---
 
-template <int pieces>
+template <int pieces, bool floats>
 std::vector<Factor> factors_of(const Convolve& c, const Part* parts, const Worker& w) {
   std::vector<Factor> factors;
   for (const Part* part = parts; part < parts + c.parts; ++part) {
     const Map& from = part->from;
     const int64_t chunks = from.channels / kChunk;
-    const int64_t column = part->kernel_height * part->kernel_width * chunks * kWeightBytes<pieces>;
+    const int64_t column = part->kernel_height * part->kernel_width * chunks * kWeightBytes<pieces, floats>;
     const char* weights = w.at.read<char>(part->weights);
     // Kernel positions innermost: their pixels are nearly the same, and stay in the L1 cache.
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       for (int64_t y = 0; y < part->kernel_height; ++y) {
-        for (int64_t x = 0; x < part->kernel_width; ++x, weights += kWeightBytes<pieces>) {
+        for (int64_t x = 0; x < part->kernel_width; ++x, weights += kWeightBytes<pieces, floats>) {
           const int64_t shift = (y - part->kernel_height / 2) * from.row + x - part->kernel_width / 2;
           const char* pixels = w.at.read<char>(from.address) + shift * kChunkBytes + chunk * pieces * from.piece;
           factors.push_back({pixels, from.piece, weights, column});
@@ -254,20 +252,24 @@ struct Stage {
   }
 };
 
-template <int pieces>
+template <int pieces, bool floats>
 class Convolution {
   static constexpr int64_t kTurns = pieces * (pieces + 1) / 2;  // times four products in a factor
+  static constexpr int64_t kOften = floats ? 2 : 3;             // of them: looking for work more often costs more
 
  public:
   Convolution(const Convolve& c, const Part* parts, const Worker& w)
-      : grid_(parts[0].from), factors_(factors_of<pieces>(c, parts, w)), sums_(w.scratch), ending_(c, grid_, w) {
+      : grid_(parts[0].from),
+        factors_(factors_of<pieces, floats>(c, parts, w)),
+        sums_(w.scratch),
+        ending_(c, grid_, w) {
     pixels_ = (c.size.batch - 1) * grid_.image + c.size.height * grid_.row;
     const int64_t count = static_cast<int64_t>(factors_.size());
     const int64_t blocks = (pixels_ + kBlock - 1) / kBlock, columns = c.to.channels / kBlock;
     // Where the L2 cache holds all weights, pixels stay in the L1 cache from column to column.
     cached_ = count * columns * kSplitBytes<pieces> < (1 << 20);
-    const int64_t group = !kSplits<pieces> && cached_ ? 1 : kRun;
-    const int64_t slabs = kSplits<pieces> ? (count + kSlab - 1) / kSlab : 1;
+    const int64_t group = !floats && cached_ ? 1 : kRun;
+    const int64_t slabs = floats ? (count + kSlab - 1) / kSlab : 1;
     first_ = w.begin(blocks * columns);
     plan_ = {blocks, columns, group, slabs, count, w.end(blocks * columns)};
     for (int64_t i = 0; i < 2; ++i)
@@ -279,7 +281,7 @@ class Convolution {
     Stage stage = Stage::at(plan_, first_, 0);
     begin_weights(stage, 0);
     splitting_.go_on(kSlab * kBlock);
-    prefetching_.go_on(kSlab * kWeightBytes<pieces> / 64);
+    prefetching_.go_on(kSlab * kWeightBytes<pieces, floats> / 64);
     for (int64_t turn = 0; stage.run > 0; ++turn) {
       const Stage next = stage.next(plan_);
       if (next.run > 0) begin_weights(next, (turn + 1) % 2);
@@ -307,13 +309,13 @@ class Convolution {
   void set_pace(const Stage& stage) {
     const int64_t turns = size_of(stage) * kTurns, in_all = turns * stage.run;
     const int64_t rows = std::max(kSlab, size_of(stage)) * kBlock;
-    period_ = std::clamp<int64_t>(in_all / rows, 1, kTurns);
+    period_ = std::clamp<int64_t>(in_all / rows, std::min(kOften, kTurns), kTurns);
     wait_ = period_;
     ended_ = (kBlock * period_ + turns - 1) / turns;
     split_ = (rows * period_ + in_all - 1) / in_all;
   }
   void begin_weights(const Stage& stage, int64_t buffer) {
-    if (kSplits<pieces>) splitting_.begin(first_of(stage), size_of(stage), stage.column, buffers_[buffer]);
+    if (floats) splitting_.begin(first_of(stage), size_of(stage), stage.column, buffers_[buffer]);
     const Stage after = stage.next(plan_);
     if (after.run > 0 && !cached_) prefetching_.begin(first_of(after), size_of(after), after.column);
   }
@@ -341,12 +343,12 @@ class Convolution {
     const Factor* end = first_of(stage) + size_of(stage);
     const char* split = buffers_[buffer];
     for (const Factor* factor = first_of(stage); factor < end; ++factor, split += kSplitBytes<pieces>) {
-      const char* weights = kSplits<pieces> ? split : factor->weights_of(stage.column);
+      const char* weights = floats ? split : factor->weights_of(stage.column);
       multiply<pieces, whole>(factor->pixels + shift, factor->piece, weights, [&]() VPFAST_INLINE_LAMBDA {
         if (--wait_ > 0) return;
         wait_ = period_;
         ending_.go_on(ended_);
-        if (kSplits<pieces>) splitting_.go_on(split_);
+        if (floats) splitting_.go_on(split_);
         prefetching_.go_on(2 * split_);
       });
     }
@@ -363,7 +365,7 @@ class Convolution {
   float* sums_;
   Ending<pieces> ending_;
   Splitting splitting_;
-  Prefetching<pieces> prefetching_;
+  Prefetching<pieces, floats> prefetching_;
   Plan plan_;
   char* buffers_[2];
   int64_t pixels_, first_;

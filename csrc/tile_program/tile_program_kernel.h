@@ -55,25 +55,25 @@ VPFAST_INLINE __m512 activated(__m512 x, Activation activation) {
 #include "tile_program/tile_program_convolve.h"
 #include "tile_program/tile_program_narrow.h"
 
-template <int pieces>
+template <int pieces, bool floats>
 void convolve(const Convolve& c, const Part* parts, const Worker& w) {
   const Map& grid = parts[0].from;
   const int64_t pixels = (c.size.batch - 1) * grid.image + c.size.height * grid.row;
   switch (pixels <= kNarrow ? (pixels + 15) / 16 : 0) {
     case 1:
-      return NarrowConvolution<pieces, 1>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 1>(c, parts, w).run();
     case 2:
-      return NarrowConvolution<pieces, 2>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 2>(c, parts, w).run();
     case 3:
-      return NarrowConvolution<pieces, 3>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 3>(c, parts, w).run();
     case 4:
-      return NarrowConvolution<pieces, 4>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 4>(c, parts, w).run();
     case 5:
-      return NarrowConvolution<pieces, 5>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 5>(c, parts, w).run();
     case 6:
-      return NarrowConvolution<pieces, 6>(c, parts, w).run();
+      return NarrowConvolution<pieces, floats, 6>(c, parts, w).run();
     default:
-      return Convolution<pieces>(c, parts, w).run();
+      return Convolution<pieces, floats>(c, parts, w).run();
   }
 }
 
@@ -303,7 +303,12 @@ void run(const int64_t* program, int64_t length, const Worker& w, Barrier& barri
     const int64_t* fields = at + 2;
     if (opcode == Opcode::convolve) {
       const auto& c = *reinterpret_cast<const Convolve*>(fields);
-      convolve<pieces>(c, reinterpret_cast<const Part*>(&c + 1), w);
+      const auto* parts = reinterpret_cast<const Part*>(&c + 1);
+      if (pieces == 3 && c.floats) {
+        convolve<3, true>(c, parts, w);
+      } else {
+        convolve<pieces, false>(c, parts, w);
+      }
     } else if (opcode == Opcode::pool) {
       pool<pieces>(*reinterpret_cast<const Pool*>(fields), w);
     } else if (opcode == Opcode::upsample) {

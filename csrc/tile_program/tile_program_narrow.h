@@ -8,18 +8,18 @@
 constexpr int64_t kNarrow = 96;  // pixels
 constexpr int64_t kAhead = 8;    // factors
 
-template <int pieces, int tiles>
+template <int pieces, bool floats, int tiles>
 class NarrowConvolution {
   static constexpr bool kHalves = tiles > 2;
   static constexpr int64_t kParts = kHalves ? 2 : 1;  // of 32 output channels
   static constexpr int64_t kRows = kBlock / kParts;   // of a factor's weights, two lines of floats each
-  static constexpr int64_t kLines = kWeightBytes<pieces> / 64 / kParts;
+  static constexpr int64_t kLines = kWeightBytes<pieces, floats> / 64 / kParts;
   static constexpr int64_t kPiece = 2 * kTileBytes / kParts;  // bytes from one piece's split weights to the next one's
   static constexpr int64_t kTurns = pieces * (pieces + 1) / 2;
 
  public:
   NarrowConvolution(const Convolve& c, const Part* parts, const Worker& w)
-      : grid_(parts[0].from), factors_(factors_of<pieces>(c, parts, w)), ending_(c, grid_, w) {
+      : grid_(parts[0].from), factors_(factors_of<pieces, floats>(c, parts, w)), ending_(c, grid_, w) {
     for (int64_t i = 0; i < 2; ++i) {
       sums_[i] = w.scratch + i * kNarrow * kBlock;
       split_[i] = reinterpret_cast<char*>(w.scratch + 2 * kNarrow * kBlock) + i * kSplitBytes<3>;
@@ -35,7 +35,7 @@ class NarrowConvolution {
     if (items_ == 0) return;
     Item now{first_, 0, 0}, ahead = now;
     for (int64_t n = 0; n < std::min(kAhead, items_); ++n, ahead = after(ahead)) ask(weights_of(ahead), 0, kLines);
-    if (kSplits<pieces>) split(weights_of(now), split_[0], 0, kRows);
+    if (floats) split(weights_of(now), split_[0], 0, kRows);
     for (int64_t n = 0; n < items_; ++n) {
       const Item next = after(now);
       multiply_item(now, split_[n % 2],
@@ -66,7 +66,7 @@ class NarrowConvolution {
     return {item.column + 1, 0, 0};
   }
   const char* weights_of(const Item& item) const {
-    const int64_t tile = kSplits<pieces> ? 2 * kTileBytes : kTileBytes;
+    const int64_t tile = floats ? 2 * kTileBytes : kTileBytes;
     return factors_[item.factor].weights_of(item.column) + item.half * tile;
   }
   static VPFAST_INLINE void split(const char* from, char* to, int64_t begin, int64_t end) {
@@ -75,7 +75,7 @@ class NarrowConvolution {
   static VPFAST_INLINE void ask(const char* from, int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       // Between the pieces of one half lie those of the other.
-      const int64_t left_out = kHalves && !kSplits<pieces> ? line / 16 * kTileBytes : 0;
+      const int64_t left_out = kHalves && !floats ? line / 16 * kTileBytes : 0;
       _mm_prefetch(from + line * 64 + left_out, _MM_HINT_T1);
     }
   }
@@ -85,16 +85,16 @@ class NarrowConvolution {
     int64_t turn = 0;
     const auto beside = [&]() VPFAST_INLINE_LAMBDA {
       ending_.go_on(ended_);
-      if (kSplits<pieces>) split(next.from, next.to, next.rows * turn / kTurns, next.rows * (turn + 1) / kTurns);
+      if (floats) split(next.from, next.to, next.rows * turn / kTurns, next.rows * (turn + 1) / kTurns);
       ask(next.ahead, next.lines * turn / kTurns, next.lines * (turn + 1) / kTurns);
       ++turn;
     };
     const Factor& factor = factors_[item.factor];
-    const char* weights = kSplits<pieces> ? split_weights : weights_of(item);
+    const char* weights = floats ? split_weights : weights_of(item);
     if constexpr (!kHalves) {
       multiply<pieces, (tiles > 1)>(factor.pixels, factor.piece, weights, beside);
     } else {
-      const int64_t piece = kSplits<pieces> ? kPiece : 2 * kTileBytes;
+      const int64_t piece = floats ? kPiece : 2 * kTileBytes;
       const auto with_piece = [&](int i) VPFAST_INLINE_LAMBDA {
         with_pixels(factor.pixels + i * factor.piece);
         beside();

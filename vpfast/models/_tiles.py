@@ -19,6 +19,8 @@ CHUNK = 32
 """Channels of a map come in chunks of so many."""
 LANES = 16
 _PIECES_OF_A_FLOAT = 3
+_KEPT_IN_PIECES = 2**20
+"""Bytes of weights that the L2 cache holds beside maps. More are kept as floats, a third smaller, and split when used."""
 _PAGE = 4096
 _PIXELS_BEHIND = 64
 """A block of pixels may reach so far beyond the last one."""
@@ -135,19 +137,21 @@ class Weights:
         outputs = len(kernels[0])
         if bias is None:
             bias = torch.zeros(outputs)
-        return Sum(tuple(map(self._convolution, kernels)), self._bias(bias), outputs)
+        size = 2 * self.pieces * sum(kernel.numel() for kernel in kernels)
+        floats = self.pieces == _PIECES_OF_A_FLOAT and size > _KEPT_IN_PIECES
+        placed = [self._convolution(kernel, floats) for kernel in kernels]
+        return Sum(tuple(placed), self._bias(bias), outputs, floats)
 
-    def _convolution(self, weight: Tensor) -> Kernel:
+    def _convolution(self, weight: Tensor, floats: bool) -> Kernel:
         """Tiles of ``weight`` (out, in, kh, kw): (out / 32, in / 32, kh, kw, piece, 2, 16, 16, 2).
 
-        Those of three pieces as floats, (out / 32, in / 32, kh, kw, 2, 16, 2, 16): the kernel splits them, and reads a
-        third less.
+        Floats are (out / 32, in / 32, kh, kw, 2, 16, 2, 16).
         """
         outputs, inputs, height, width = weight.shape
         padded = F.pad(weight.detach().float(), (0, 0, 0, 0, 0, -inputs % CHUNK, 0, -outputs % CHUNK))
         tiles = padded.unflatten(1, (-1, LANES, 2)).unflatten(0, (-1, 2, LANES))
         # From column, tile, output, chunk, row, pair, kh, kw.
-        if self.pieces == _PIECES_OF_A_FLOAT:
+        if floats:
             values = tiles.permute(0, 3, 6, 7, 1, 4, 5, 2)
         else:
             values = torch.stack(_split(tiles.permute(0, 3, 6, 7, 1, 4, 2, 5).contiguous(), self.pieces), dim=4)
@@ -176,6 +180,7 @@ class Sum(NamedTuple):
     kernels: tuple[Kernel, ...]
     bias: int
     outputs: int
+    floats: bool
 
 
 class Code:
@@ -213,7 +218,8 @@ class Code:
             for field in (*x.fields, kernel.height, kernel.width, kernel.address)
         ]
         relu = also.fields if also is not None else (0,) * 5
-        header = (*inputs[0].size, activation, target, *fields, *relu, weights.outputs, weights.bias, len(inputs))
+        sum_fields = (weights.outputs, weights.bias, weights.floats, len(inputs))
+        header = (*inputs[0].size, activation, target, *fields, *relu, *sum_fields)
         self.emit(Opcode.CONVOLVE, *header, *parts)
 
 

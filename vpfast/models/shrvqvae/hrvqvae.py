@@ -124,7 +124,9 @@ class HRVQVAE(nn.Module, Pretrained):
         """Those of :meth:`encode` alone, int64 (B, T, h, w, n) or (T, h, w, n), for use beside the model."""
         self._check_frames(frames)
         *clips, _, height, width = frames.shape
-        indices = torch.cat([self._indices_of(part) for part in _parts(frames.flatten(0, -4), height, width)])
+        flat = frames.flatten(0, -4)
+        engine = fused.engine_of(self.encoder, flat)
+        indices = torch.cat([self._indices_of(part, engine) for part in _parts(flat, height, width)])
         return indices.reshape(*clips, *indices.shape[1:])
 
     @torch.no_grad()
@@ -160,9 +162,8 @@ class HRVQVAE(nn.Module, Pretrained):
     def _to_frames(self, output: Tensor) -> Tensor:
         return output / _GAIN[self.config.scaling] + 0.5
 
-    def _indices_of(self, frames: Tensor) -> Tensor:
+    def _indices_of(self, frames: Tensor, engine: fused.Engine | None) -> Tensor:
         """(N, C, H, W) -> (N, h, w, n)."""
-        engine = fused.engine_of(self.encoder, frames)
         if engine is None:
             maps = self.encoder(self._to_network(frames))
         else:
