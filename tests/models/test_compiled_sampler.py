@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_the_codes_of_the_sampler_in_torch(isa: str, attention: str, code_order:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_any_number_of_threads_gives_the_same_codes(count: int, batch: int, threads: None) -> None:
+def test_any_number_of_threads_gives_the_same_codes(isa: str, count: int, batch: int, threads: None) -> None:
     prior = network(torch.float32)
     codes = clip(prior, batch, (1, 4, 5))
     expected = in_torch(prior, codes, 2)
@@ -107,8 +107,9 @@ def test_any_number_of_threads_gives_the_same_codes(count: int, batch: int, thre
     blocks=st.tuples(st.integers(1, 4), st.integers(1, 3)),
     temperature=st.sampled_from([0.0, 1.0]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # one set for all examples
 def test_networks_of_any_size(
+    isa: str,
     grid: tuple[int, int, int],
     horizon: int,
     layers: int,

@@ -23,7 +23,7 @@ from codebooks import (
     strided_cases,
     tied_but_for_rounding,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vpfast
@@ -146,8 +146,8 @@ def test_a_tree_of_sixteen_layers(isa):
     layers=st.integers(1, 16),
     strict_tree=st.booleans(),
 )
-@settings(max_examples=120)
-def test_any_size_and_stride(data, dtypes, vectors, dim, layers, strict_tree):
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])  # one set for all examples
+def test_any_size_and_stride(isa, data, dtypes, vectors, dim, layers, strict_tree):
     most = int(3000 ** (1 / layers)) if strict_tree else 70
     M = data.draw(st.integers(2, max(2, most)))
     layers = min(layers, 11) if strict_tree else layers

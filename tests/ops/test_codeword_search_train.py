@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from codebooks import CASES, DTYPES, assert_error_at_most_twice, exact, inputs, native, strided_cases
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import peak_of
 
@@ -149,8 +149,8 @@ def test_gradients_have_the_types_of_what_they_are_for(dtype, codebook_dtype):
     layers=st.integers(1, 6),
     form=st.sampled_from(FORMS),
 )
-@settings(max_examples=60)
-def test_any_size(data, vectors, dim, layers, form):
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # one set for all examples
+def test_any_size(isa, data, vectors, dim, layers, form):
     size = data.draw(st.integers(2, max(2, int(800 ** (1 / layers)))))
     z, codebooks = inputs(vectors, dim, size, layers, form[0], torch.float64)
     found = codeword_search_train(z, codebooks, *form)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vpfast
@@ -284,7 +284,8 @@ def test_opcheck(case):
     batch=st.integers(0, 4),
     channels=st.integers(1, 9),
 )
-def test_any_shape_and_stride(data, dtype, spatial, batch, channels):
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one instruction set for all examples
+def test_any_shape_and_stride(isa, data, dtype, spatial, batch, channels):
     dims = 2 + len(spatial)
     order = data.draw(st.permutations("fiog").map("".join))
 
@@ -297,9 +298,9 @@ def test_any_shape_and_stride(data, dtype, spatial, batch, channels):
         return strided.permute([perm.index(d) for d in range(dims)])
 
     gates = draw((batch, 4 * channels, *spatial), dtype[0])
-    c_prev = draw((batch, channels, *spatial), dtype[1])
-    found = edlstm_gates(gates, c_prev, order)
-    want = reference.edlstm_gates(gates, c_prev, order)
+    c_prev, *grads = (draw((batch, channels, *spatial), kind) for kind in (dtype[1], dtype[0], dtype[1]))
+    found = forward_and_backward(OPERATOR, gates, c_prev, *grads, order)
+    want = forward_and_backward(REFERENCE, gates, c_prev, *grads, order)
     for ours, theirs in zip(found, want, strict=True):
         assert ours.dtype == theirs.dtype
         eps = torch.finfo(ours.dtype).eps
@@ -307,7 +308,7 @@ def test_any_shape_and_stride(data, dtype, spatial, batch, channels):
 
 
 @native
-def test_result_does_not_depend_on_threads():
+def test_result_does_not_depend_on_threads(isa):
     gates, c_prev = inputs((3, 64, 33, 31))
     threads = torch.get_num_threads()
     results = []

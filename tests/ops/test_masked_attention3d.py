@@ -27,7 +27,7 @@ from attention import (
     specification,
     strided_cases,
 )
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import peak_of
 
@@ -349,8 +349,13 @@ def assert_close_as_sums(found, want, dtype):
         torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=roundings * eps * size)
 
 
+# One instruction set for all examples.
+in_every_isa = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 @given(problem=problems())
-def test_any_grid_mask_and_stride(problem):
+@in_every_isa
+def test_any_grid_mask_and_stride(isa, problem):
     grid, mask, given = problem
     assert_close_as_sums(operator(*given, grid, mask), specification(*given, grid, mask), given[0].dtype)
 
@@ -406,7 +411,8 @@ def test_decode_reads_caches_of_any_stride(isa, poisoned, case):
 
 
 @given(data=st.data(), problem=problems())
-def test_decode_anywhere(data, problem):
+@in_every_isa
+def test_decode_anywhere(isa, data, problem):
     grid, mask, (q, k, v, _) = problem
     L = length(grid)
     positions = torch.tensor(
@@ -423,7 +429,7 @@ def test_decode_anywhere(data, problem):
 
 @native
 @pytest.mark.parametrize("mask", MASKS[::3], ids=str)
-def test_result_does_not_depend_on_threads(mask):
+def test_result_does_not_depend_on_threads(isa, mask):
     grid = (5, 9, 11)
     given = inputs(grid, 24, 2, 3)
     positions = torch.arange(0, length(grid), 17)
