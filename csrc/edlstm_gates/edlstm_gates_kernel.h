@@ -99,12 +99,116 @@ struct BackwardBody {
   }
 };
 
+// --- short rows ---
+//
+// Few channels, channels_last: a row is less than a register. Whole rows, as many as a piece has room for, are put
+// one behind the other, gate by gate, and are one row then; outputs lie like that already but for gradients of gates.
+
+constexpr int64_t kShortRow = 15;
+
+template <size_t unit>
+VPFAST_INLINE void move_rows(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t rows,
+                             int64_t bytes) {
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+    for (int64_t k = 0; k < bytes; k += unit) __builtin_memcpy(to + k, from + k, unit);
+  }
+}
+
+// `rows` rows of `length`, from some elements apart to some elements apart.
+template <class T>
+VPFAST_INLINE void move_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+                             int64_t length) {
+  constexpr int64_t size = sizeof(T);
+  const int64_t bytes = length * size;
+  const auto move = bytes % 32 == 0   ? move_rows<32>
+                    : bytes % 16 == 0 ? move_rows<16>
+                    : bytes % 8 == 0  ? move_rows<8>
+                                      : move_rows<sizeof(T)>;
+  move(reinterpret_cast<const char*>(from), from_stride * size, reinterpret_cast<char*>(to), to_stride * size, rows,
+       bytes);
+}
+
+// A problem of one row in place of `rows` rows of `p` from `first` on, in room of its own.
+template <class TG, class TC>
+class RowOfRows {
+ public:
+  RowOfRows(const Problem& p, int64_t first, int64_t rows) : p_(p), q_(p), first_(first), rows_(rows) {
+    const int64_t length = p.row_length;
+    q_.row_length = rows * length;
+    q_.offset_f = 0;
+    q_.offset_i = kPiece;
+    q_.offset_o = 2 * kPiece;
+    q_.offset_g = 3 * kPiece;
+    for (int64_t k = 0; k < 4; ++k) {
+      const TG* gate = static_cast<const TG*>(p.gates) + first * p.gates_stride + offset(k);
+      move_rows(gate, p.gates_stride, gates_ + k * kPiece, length, rows, length);
+    }
+    q_.gates = gates_;
+    q_.c_prev = in_a_row(static_cast<const TC*>(p.c_prev), p.c_prev_stride, c_prev_);
+  }
+
+  void forward() {
+    q_.h = static_cast<TG*>(p_.h) + first_ * p_.row_length;
+    q_.c = static_cast<TC*>(p_.c) + first_ * p_.row_length;
+    ForwardBody<TG, TC>{q_}(0, 0, static_cast<int>(q_.row_length));
+  }
+  void backward() {
+    const int64_t length = p_.row_length;
+    q_.grad_h = in_a_row(static_cast<const TG*>(p_.grad_h), p_.grad_h_stride, grad_h_);
+    q_.grad_c = in_a_row(static_cast<const TC*>(p_.grad_c), p_.grad_c_stride, grad_c_);
+    q_.grad_gates = grad_gates_;
+    q_.grad_c_prev = static_cast<TC*>(p_.grad_c_prev) + first_ * length;
+    BackwardBody<TG, TC>{q_}(0, 0, static_cast<int>(q_.row_length));
+    for (int64_t k = 0; k < 4; ++k) {
+      TG* gate = static_cast<TG*>(p_.grad_gates) + first_ * 4 * length + offset(k);
+      move_rows(grad_gates_ + k * kPiece, length, gate, 4 * length, rows_, length);
+    }
+  }
+
+ private:
+  int64_t offset(int64_t k) const {
+    return k == 0 ? p_.offset_f : k == 1 ? p_.offset_i : k == 2 ? p_.offset_o : p_.offset_g;
+  }
+  template <class T>
+  const T* in_a_row(const T* from, int64_t stride, T* room) const {
+    if (!from) return nullptr;
+    from += first_ * stride;
+    if (stride == p_.row_length) return from;
+    move_rows(from, stride, room, p_.row_length, rows_, p_.row_length);
+    return room;
+  }
+
+  const Problem& p_;
+  Problem q_;
+  int64_t first_, rows_;
+  alignas(64) TG gates_[4 * kPiece];
+  alignas(64) TG grad_gates_[4 * kPiece];
+  alignas(64) TG grad_h_[kPiece];
+  alignas(64) TC grad_c_[kPiece];
+  alignas(64) TC c_prev_[kPiece];
+};
+
+// whole(first, rows) for the whole rows of [begin, end) where they are short, part(begin, end) for everything else.
+template <class Whole, class Part>
+VPFAST_INLINE void split_by_rows(const Problem& p, int64_t begin, int64_t end, const Whole& whole, const Part& part) {
+  const int64_t length = p.row_length;
+  int64_t first = (begin + length - 1) / length, last = end / length;
+  if (length > kShortRow || first >= last) return part(begin, end);
+  part(begin, first * length);
+  for (const int64_t many = kPiece / length; first < last; first += many) whole(first, std::min(many, last - first));
+  part(last * length, end);
+}
+
 template <class TG, class TC>
 void forward(const Problem& p, int64_t begin, int64_t end) {
-  for_each_piece<kPiece>(begin, end, p.row_length, ForwardBody<TG, TC>{p});
+  split_by_rows(
+      p, begin, end, [&](int64_t first, int64_t rows) { RowOfRows<TG, TC>(p, first, rows).forward(); },
+      [&](int64_t from, int64_t to) { for_each_piece<kPiece>(from, to, p.row_length, ForwardBody<TG, TC>{p}); });
 }
 
 template <class TG, class TC>
 void backward(const Problem& p, int64_t begin, int64_t end) {
-  for_each_piece<kPiece>(begin, end, p.row_length, BackwardBody<TG, TC>{p});
+  split_by_rows(
+      p, begin, end, [&](int64_t first, int64_t rows) { RowOfRows<TG, TC>(p, first, rows).backward(); },
+      [&](int64_t from, int64_t to) { for_each_piece<kPiece>(from, to, p.row_length, BackwardBody<TG, TC>{p}); });
 }

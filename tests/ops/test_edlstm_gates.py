@@ -170,6 +170,18 @@ def test_every_isa_agrees(layout):
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
 
 
+@native
+@pytest.mark.parametrize(("gates_dtype", "cell_dtype"), DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 8, 12, 15, 16])
+def test_rows_of_few_channels_give_what_planes_give(isa, channels, gates_dtype, cell_dtype):
+    """To the last bit, though some rows are worked on together, and wherever the rows of a slice lie."""
+    gates, c_prev = inputs((5, 4 * channels, 9, 13), gates_dtype, cell_dtype)
+    given = (gates, c_prev, *(t[:, :channels].contiguous() for t in inputs(gates.shape, gates_dtype, cell_dtype, 1)))
+    expected = forward_and_backward(OPERATOR, *(t[::2].contiguous() for t in given), "ifog")
+    found = forward_and_backward(OPERATOR, *(channels_last(t)[::2] for t in given), "ifog")
+    assert all(map(torch.equal, found, expected))
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ CHUNK = 32
 LANES = 16
 _PIECES_OF_A_FLOAT = 3
 _KEPT_IN_PIECES = 2**20
-"""Bytes of weights that the L2 cache holds beside maps. More are kept as floats, a third smaller, and split when used."""
+"""Bytes of weights that the L2 cache holds beside maps. More are kept as floats, a third smaller, and split later."""
 _PAGE = 4096
 _PIXELS_BEHIND = 64
 """A block of pixels may reach so far beyond the last one."""
