@@ -46,6 +46,8 @@ def refusal(path: Path, replace: bool | Collection[str] = False) -> str | None:
     ``replace`` given as names are paths relative to ``path`` with ``/``, folders among them listed too.
     """
     path = _absolute(path)
+    if path == path.parent:
+        return "is the root of all folders, which cannot be replaced"
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
         return f"cannot be made: {above} is a file"
@@ -109,6 +111,8 @@ def file_refusal(path: Path, replace: bool = False) -> str | None:
     """Why :func:`new_file` cannot make ``path``, as the end of a sentence; None if it can."""
     if path.is_dir():
         return "is a folder, must be a file"
+    if path.exists() and not path.is_file():  # which would be replaced by one, /dev/null too
+        return "is a device or a pipe, must be a file"
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"cannot be written: there is no folder {folder}"
@@ -145,7 +149,7 @@ def unwritable(path: Path) -> str | None:
 
 
 def _writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _absolute(path: Path) -> Path:

@@ -177,7 +177,7 @@ def test_a_run_that_other_processes_began_says_so(tiny, halfway, monkeypatch, ca
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_data_is_read(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path) != tmp_path)
     monkeypatch.setattr(engine, "dataset", lambda *args: pytest.fail("data was read"))
     with pytest.raises(ValueError, match=f"out: .* cannot be written: no permission to write in {tmp_path}$"):
         train(tiny(), progress=False)
