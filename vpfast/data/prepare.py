@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,12 +34,11 @@ from vpfast.data.prepared import (
     read_index,
     read_journal,
 )
-from vpfast.data.resize import parse_size, resize, to_grey
+from vpfast.data.resize import LARGEST, parse_size, resize, to_grey
 from vpfast.data.sets.source import Recording, Source
 from vpfast.data.video_folder import stamp
 
 _CHUNK = 1 << 20
-_LARGEST = 8192
 _TOLD = 5  # of many complaints
 
 
@@ -145,9 +145,9 @@ def check(root: str | os.PathLike[str], workers: int = 0, progress: bool = False
 def _head(source: Source) -> Index:
     """The index without recordings; ValueError where an option is out of its range."""
     size = parse_size(source.size)
-    if size is None or max(size) > _LARGEST or source.fit not in ("crop", "squash") or source.channels not in (1, 3):
+    if size is None or max(size) > LARGEST or source.fit not in ("crop", "squash") or source.channels not in (1, 3):
         raise ValueError(
-            f"size must be [H, W] of at most {_LARGEST}, fit squash or crop and channels 1 or 3, got size="
+            f"size must be [H, W] of at most {LARGEST}, fit squash or crop and channels 1 or 3, got size="
             f"{source.size}, fit={source.fit}, channels={source.channels}"
         )
     options = {key: value for key, value in vars(source).items() if key not in ("name", "size", "fit", "channels")}
@@ -191,6 +191,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Make the folder, and keep other preparations out of it."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists already and is not a folder")
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
@@ -203,6 +204,8 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and not any((out / "frames").rglob("*.npy")):
+            shutil.rmtree(out)  # nothing came of it: nothing to go on from
         os.close(handle)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vpfast.data._clips import Anchor, Shape, Windows, array_bytes, as_clip, read_frames
+from vpfast.data._files import open_regular
 from vpfast.data.errors import DataError
 from vpfast.data.moving_digits import SPLITS, Split
 from vpfast.data.resize import Fit, to_grey
@@ -96,7 +97,8 @@ def read_index(root: str | os.PathLike[str]) -> Index:
     root = Path(root)
     path = root / INDEX_NAME
     try:
-        values = json.loads(path.read_text())
+        with open_regular(path) as file:
+            values = json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(_no_index(root)) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -112,7 +114,8 @@ def read_journal(root: Path) -> Index | None:
     """
     path = root / JOURNAL_NAME
     try:
-        lines = path.read_text().split("\n")[:-1]
+        with open_regular(path) as file:
+            lines = file.read().decode().split("\n")[:-1]
         head, *entries = [json.loads(line) for line in lines]
     except FileNotFoundError:
         return None

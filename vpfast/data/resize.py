@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST = 8192
+"""Rows, and columns, of a frame that a video is brought to."""
+
 Fit = Literal["squash", "crop"]
 Size = tuple[int, int] | int | None
 

@@ -95,17 +95,17 @@ class VideoFolder(Dataset[Tensor]):
         videos = [_decoded(path, target, channels, fit, folder) for path in paths]
         _check_one_size(videos)
         self.videos = [video for video in videos if video.frames >= length]
-        for video in videos:
-            if video.frames < length:
-                warnings.warn(
-                    f"{video.path}: left out, its {video.frames} frames are fewer than {length}", stacklevel=2
-                )
         if not self.videos:
             most = max(video.frames for video in videos)
             raise VideoError(
                 f"{self.root}: no clip of {length} frames; found {len(videos)} "
                 f"{'video' if len(videos) == 1 else 'videos, the longest'} of {most} frames"
             )
+        for video in videos:
+            if video.frames < length:
+                warnings.warn(
+                    f"{video.path}: left out, its {video.frames} frames are fewer than {length}", stacklevel=2
+                )
         self._windows = Windows([video.frames for video in self.videos], length, [self.step] * len(self.videos))
 
     def __len__(self) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from vpfast.data.resize import LARGEST
+
 T = TypeVar("T")
 
 Stage = Literal["all", "disjoint", "autoencoder", "prior", "joint"]
@@ -31,7 +33,8 @@ def _require(fine: bool, key: str, given: object, accepted: str) -> None:
 
 
 _PLAIN = {int: "a whole number", bool: "true or false", str: "a text", float: "a finite number", type(None): "null"}
-_MOST = 99_999_999  # of what is counted: the names of checkpoints have eight digits
+MOST = 99_999_999
+"""Of whatever is counted: the names of checkpoints have eight digits."""
 
 
 def _check_values(config: Any, prefix: str = "") -> None:
@@ -40,7 +43,7 @@ def _check_values(config: Any, prefix: str = "") -> None:
         value = getattr(config, name)
         _require(_fits(value, hint), prefix + name, repr(value), _in_words(hint))
         if isinstance(value, int):
-            _require(value <= _MOST, prefix + name, value, f"at most {_MOST}")
+            _require(value <= MOST, prefix + name, value, f"at most {MOST}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -218,7 +221,9 @@ class TrainConfig:
     """
 
     out: str = option("runs/train", "folder of the run: config.yaml, log.jsonl, checkpoints/, weights/, curves.png")
-    init: str | None = option(None, "a folder of weights to start from, in place of random ones")
+    init: str | None = option(
+        None, "a folder of weights to start from, in place of random ones, or the name of packaged ones"
+    )
     model: dict[str, Any] = option({}, "name, preset, and any field of the model's configuration")
     stage: Stage = option(
         "all",
@@ -327,6 +332,8 @@ def _check_numbers(config: TrainConfig) -> None:
         _require(getattr(config, key) >= 0, key, getattr(config, key), "at least 0")
     data, optim = config.data, config.optim
     _require(min(data.frame_size) >= 1 and len(data.frame_size) == 2, "data.size", data.size, "positive, [H, W] or one")
+    drawn = max(data.frame_size) * data.supersample
+    _require(drawn <= LARGEST, "data.size", data.size, f"at most {LARGEST}, times data.supersample where that is given")
     _require(0 <= data.speed < 1, "data.speed", data.speed, "at least 0 and below 1")
     for key in ("digits", "digit_size", "supersample", "clips"):
         _require(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")

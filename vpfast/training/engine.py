@@ -53,20 +53,29 @@ class Stopped(Exception):  # noqa: N818 - not a failure
 
 
 def run(
-    config: TrainConfig, resume: bool = False, progress: bool = True, start: Path | None = None, last: bool = True
+    config: TrainConfig,
+    resume: bool = False,
+    progress: bool = True,
+    start: Path | None = None,
+    last: bool = True,
+    ready: Callable[[], object] = lambda: None,
 ) -> Path:
     """Train in one go as ``config`` says and return the folder of the finished weights.
 
     ``start``: the weights to start from where ``config.init`` names none. ``last``: whether nothing follows, so that a
-    signal during the last step stops nothing any more. Otherwise, and for errors, see :func:`vpfast.training.train`,
+    signal during the last step stops nothing any more. ``ready`` is called, in the main process, when nothing stands in
+    the way of this run any more, before its first file is written. Otherwise, and for errors, see
+    :func:`vpfast.training.train`,
     which also knows models that are trained in stages.
     """
-    return _Run(config, resume, progress, start).run(last)
+    return _Run(config, resume, progress, start, ready).run(last)
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, resume: bool, progress: bool, start: Path | None) -> None:
-        self.config, self.out = config, Path(config.out)
+    def __init__(
+        self, config: TrainConfig, resume: bool, progress: bool, start: Path | None, ready: Callable[[], object]
+    ) -> None:
+        self.config, self.out, self.ready = config, Path(config.out), ready
         torch.manual_seed(config.seed)
         self.recipe = recipe_for(config)
         model = build_model(config)
@@ -200,6 +209,7 @@ class _Run:
     def _prepare_folder(self) -> None:
         if not self.accelerator.is_main_process:
             return
+        self.ready()
         self.out.mkdir(parents=True, exist_ok=True)
         for folder in (self.out, self.out / "checkpoints"):
             clear_up(folder)
@@ -225,15 +235,21 @@ class _Run:
             ValueError: all are damaged.
         """
         (saved,) = broadcast_object_list([checkpoint.found(self.out / "checkpoints")])
+        damaged: dict[Path, str] = {}
         for path in reversed(saved):
             wrong = next(filter(None, gather_object([checkpoint.damage(path)])), None)
             if wrong is None:
+                for each, reason in damaged.items() if self.accelerator.is_main_process else ():
+                    told = f"the checkpoint {each} is damaged ({reason}); the one before is taken"
+                    print(f"vpfast: {told}", file=sys.stderr)
                 whole: Path = path
                 return whole
-            if self.accelerator.is_main_process:
-                print(f"vpfast: the checkpoint {path} is damaged ({wrong}); the one before is taken", file=sys.stderr)
-        if saved:
-            raise ValueError(f"every checkpoint in {saved[-1].parent} is damaged; without them the run starts anew")
+            damaged[path] = wrong
+        if damaged:
+            told = "; ".join(f"{each.name}: {reason}" for each, reason in damaged.items())
+            raise ValueError(
+                f"every checkpoint in {saved[-1].parent} is damaged; without them the run starts anew ({told})"
+            )
         return None
 
     def _resume(self, path: Path) -> None:
@@ -347,7 +363,11 @@ def _check_same_run(config: TrainConfig) -> None:
     path = Path(config.out) / "config.yaml"
     if not path.is_file():
         return
-    now, before = to_dict(config), to_dict(from_dict(TrainConfig, yaml.safe_load(path.read_text())))
+    try:
+        now, before = to_dict(config), to_dict(from_dict(TrainConfig, yaml.safe_load(path.read_text())))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not describe the run that is to go on: {reason}") from error
     for key, _, _, _ in leaves(TrainConfig):
         if key not in _FREE and lookup(now, key) != lookup(before, key):
             raise ValueError(

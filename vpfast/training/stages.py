@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def train(config: TrainConfig, resume: bool = False, progress: bool = True) -> P
     main = accelerator.is_main_process
     # All processes look before the first one writes.
     start = engine.agreed(accelerator, lambda: _start_in(out, runs, config, resume))
-    engine.agreed(accelerator, lambda: _begin(out, config) if main else None)
+    first, *_ = runs
     for stage, each in runs.items():
         if main and progress:
             print(f"stage {stage}: {each.steps} steps, in {each.out}", flush=True)
         try:
-            start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1])
+            ready = partial(_begin, out, config) if stage == first else lambda: None
+            start = engine.run(each, resume, progress, start, last=stage == list(runs)[-1], ready=ready)
         except (ValueError, FloatingPointError) as error:
             told = _by_its_own_name(str(error), stage, config.stages.get(stage, {}))
             raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(told) from error
