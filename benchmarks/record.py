@@ -89,7 +89,8 @@ def _what_is_wrong(record: Record) -> str | None:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("case", "contender")):
             return f"row {number} has no case or no contender"
         for key, value in row.items():
-            if key.endswith("_ms") and not (_is_number(value) and value >= 0):
+            measured = key.endswith("_ms") or (key == "peak_bytes" and value is not None)
+            if measured and not (_is_number(value) and value >= 0):
                 return f"{key} of row {number} is {value!r}"
     return None
 
