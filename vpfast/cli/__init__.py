@@ -1,6 +1,7 @@
 """The command line: ``vpfast COMMAND``. Each command is a module of its own, imported when it is asked for."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -37,6 +38,12 @@ EXTRAS = {
 }
 
 
+# Errors of the system that the request is to blame for, beside those that Python has names for.
+_NO_SUCH_PLACE = frozenset({errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.ENXIO})
+
+_LONGEST = 1000  # characters of an error: it holds what was given, which may be a book
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed on the way, 2 the request cannot be served.
 
@@ -47,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    for arg in args:
+        if arg.startswith("--") and arg.endswith("=--"):  # argparse would make it an empty list
+            raise ValueError(f"{arg}: -- is no value")
     if args and args[0] in COMMANDS:
         command = importlib.import_module(f"vpfast.cli.{args[0]}")
         return int(command.run(args[1:]))
@@ -81,14 +91,33 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, ValueError | BackendError):
         return 2
     if isinstance(error, OSError):
-        return 2 if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError) else 1
-    return None
+        asked = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
+        return 2 if isinstance(error, asked) or error.errno in _NO_SUCH_PLACE else 1
+    return 1 if _out_of_memory(error) else None
 
 
 def _sentence(error: Exception, command: str) -> str:
     if isinstance(error, ImportError) and (extra := _extra(error)):
         return f"`{command}` needs the package {error.name}, which is not installed: pip install 'vpfast[{extra}]'"
-    return " ".join(str(error).split())
+    if _out_of_memory(error):
+        said = f"there is not enough memory for it ({error})"
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    else:
+        said = str(error)
+    return _printable(" ".join(said.split()))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch says so in words, and of a GPU in a class of its own."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
+def _printable(text: str) -> str:
+    """Without what would drive a terminal, and of a length that can be read."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 300]} [...] {shown[-280:]}"
 
 
 def _extra(error: ImportError) -> str | None:

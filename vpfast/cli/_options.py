@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from vpfast.training.config import leaves, unknown_key
 
 Deep = dict[str, dict[str, Any]]
 """The type of an option that takes keys below keys."""
+
+_MOST_NODES = 100_000  # a few lines of aliases can stand for more than fits into memory
 
 
 class Options:
@@ -160,7 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text()
-        _refuse_twice(path, yaml.compose(text, yaml.SafeLoader))
+        _refuse_twice(path, yaml.compose(text, yaml.SafeLoader), iter(range(_MOST_NODES)))
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {_one_line(str(error))}") from error
@@ -171,11 +173,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_twice(path: Path, node: yaml.Node | None, prefix: str = "") -> None:
-    """Raise ValueError for a key that is there twice, RecursionError where something holds itself."""
+def _refuse_twice(path: Path, node: yaml.Node | None, budget: Iterator[int], prefix: str = "") -> None:
+    """Raise ValueError for a key that is there twice and for more nodes than ``budget`` has numbers, RecursionError
+    where something holds itself."""
+    if next(budget, None) is None:
+        raise ValueError(f"{path}: holds more than {_MOST_NODES} values, what its aliases repeat counted")
     if isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_twice(path, value, prefix)
+            _refuse_twice(path, value, budget, prefix)
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[str, int] = {}
@@ -184,7 +189,7 @@ def _refuse_twice(path: Path, node: yaml.Node | None, prefix: str = "") -> None:
         if name in lines:
             raise ValueError(f"{path}: {name}: given twice, in lines {lines[name]} and {line}")
         lines[name] = line
-        _refuse_twice(path, value, f"{name}.")
+        _refuse_twice(path, value, budget, f"{name}.")
 
 
 def _value(text: str) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vpfast.data.resize import Fit
+from vpfast.data.resize import LARGEST, Fit
 from vpfast.models import HRVQVAE, SHRVQVAE
 from vpfast.training import TrainConfig
 from vpfast.training.checkpoint import read_weights
+from vpfast.training.config import MOST
 
 
 def positive(text: str) -> int:
@@ -25,17 +26,25 @@ def from_zero(text: str) -> int:
     return _whole(text, 0)
 
 
-def _whole(text: str, lowest: int) -> int:
-    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < lowest:
+def side(text: str) -> int:
+    """The height or width of a frame, as an argparse type."""
+    return _whole(text, 1, LARGEST)
+
+
+def _whole(text: str, lowest: int, most: int = MOST) -> int:
+    number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else None
+    if number is None or number < lowest:
         raise argparse.ArgumentTypeError(f"{text} given, must be a whole number of at least {lowest}")
-    return int(text)
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{text} given, must be at most {most}")
+    return number
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """The video, how large its frames are to be, and what :func:`add_model_options` adds."""
     parser.add_argument("video", type=Path, help="a video file, or a folder of frames")
     parser.add_argument(
-        "--size", type=positive, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
+        "--size", type=side, nargs=2, metavar=("H", "W"), help="resize the frames (default: as trained)"
     )
     add_model_options(parser)
 

@@ -63,7 +63,7 @@ def _prepare(name: str, argv: Sequence[str]) -> int:
         options.add(entry.name, hints[entry.name], getattr(made, entry.name), entry.metadata["help"])
     values = options.parse(argv)
     for key in ("src", "out"):
-        if values[key] is None:
+        if not values[key]:
             raise ValueError(f"--{key} is missing (`vpfast data prepare {name} --help` shows what is accepted)")
     source = kind(**{key: _hashable(values[key]) for key in fields})
     done = prepare(source, values["src"], values["out"], values["workers"], True, values["force"], _note)

@@ -16,6 +16,7 @@ from vpfast._files import new_file, new_folder
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file, check_out_folder
 from vpfast.cli._video import add_model_options, positive, read_autoencoder
+from vpfast.data._files import open_regular
 from vpfast.models import HRVQVAE, Codes
 from vpfast.models.shrvqvae import CodesError
 from vpfast.training.device import pick_device
@@ -87,7 +88,8 @@ def _is_file(out: Path) -> bool:
 def _read(file: Path, layers: int | None, model: HRVQVAE) -> Codes:
     """The codes in ``file``, checked against the model."""
     try:
-        codes = Codes.from_bytes(file.read_bytes(), layers)
+        with open_regular(file) as data:
+            codes = Codes.from_bytes(data.read(), layers)
         if len(codes.shape) != 4 or len(codes) == 0:
             raise CodesError(f"holds codes of shape {tuple(codes.shape)}, must be those of one clip, (T, h, w, n)")
         model.decode(codes[:0])

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vpfast import backend, ops
 from vpfast._files import new_folder, refusal
-from vpfast.cli import answered
+from vpfast.cli import Parser, answered
 from vpfast.ops.codeword_search import register as codeword_search
 from vpfast.ops.edlstm_gates import register as edlstm_gates
 from vpfast.ops.masked_attention3d import register as masked_attention3d
@@ -78,9 +78,9 @@ CODES_STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, draw, time; writes the folder ``--out`` and prints the tables. Returns 0."""
-    options = _options()
+    options = _options(argv)
     if (reason := refusal(options.out, FILES)) is not None:
         raise FileExistsError(f"--out {options.out} {reason}")
     started = time.perf_counter()
@@ -113,12 +113,20 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m vpfast.cli.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--mnist", help="a folder with MNIST's idx files (default: the digits of scikit-learn)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
     parser.add_argument("--scale", type=float, default=1.0, help="so many times the usual training steps")
-    return parser.parse_args()
+    options = parser.parse_args(argv)
+    if not 0 < options.scale <= 1000:
+        parser.error(f"--scale: {options.scale} given, must be above 0 and at most 1000")
+    return options
 
 
 def _train_mspn(data: DataConfig, scratch: Path, scale: float) -> Path:

@@ -11,7 +11,7 @@ import torch
 from vpfast._files import new_file
 from vpfast.cli import Parser
 from vpfast.cli._out import check_out_file
-from vpfast.cli._video import add_model_options, frame_size, positive
+from vpfast.cli._video import add_model_options, frame_size, positive, side
 from vpfast.models import MSPN, SHRVQVAE, Predictor
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.device import pick_device
@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--out", type=Path, required=True, help="the file to write, such as model.pt2")
     parser.add_argument("--horizon", type=positive, required=True, help="frames to predict")
     parser.add_argument("--frames", type=positive, help="frames to look at (default: as trained)")
-    parser.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of a frame (default: as trained)")
+    parser.add_argument("--size", type=side, nargs=2, metavar=("H", "W"), help="of a frame (default: as trained)")
     parser.add_argument("--batch", type=positive, default=1, help="clips at a time, of --format aoti (default: 1)")
     parser.add_argument("--format", choices=("aoti", "export"), default="aoti", help="see above (default: aoti)")
     return parser.parse_args(argv)

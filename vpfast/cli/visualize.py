@@ -28,6 +28,7 @@ from vpfast.cli._options import Options
 from vpfast.cli._out import check_out_folder
 from vpfast.cli._video import frame_size
 from vpfast.data import VideoError, read_video
+from vpfast.data.resize import LARGEST
 from vpfast.models import HRVQVAE, SHRVQVAE, Codes
 from vpfast.training import TrainConfig
 from vpfast.training.device import pick_device
@@ -166,13 +167,13 @@ def _check(values: Mapping[str, Any], model: nn.Module) -> None:
     """Raise ValueError for an option that cannot be, or that this model or source has no use for; names the key."""
     if not values["out"]:
         raise ValueError("out: nothing given, must be the folder to write")
-    for key, lowest in (("clip", 0), ("start", 0), ("count", 1), ("rows", 1)):
+    for key, lowest in (("clip", 0), ("start", 0), ("count", 1), ("rows", 1), ("context", 1), ("horizon", 0)):
         if values[key] is not None and values[key] < lowest:
             raise ValueError(f"{key}: {values[key]} given, must be at least {lowest}")
     if not 0 < values["fps"] <= 50:
         raise ValueError(f"fps: {values['fps']} given, must be above 0 and at most 50")
-    if values["size"] and min(values["size"]) < 1:
-        raise ValueError(f"size: {values['size']} given, must be at least 1 each")
+    if values["size"] and not 1 <= min(values["size"]) <= max(values["size"]) <= LARGEST:
+        raise ValueError(f"size: {values['size']} given, must be from 1 to {LARGEST} each")
     for key in ("start", "count", "size"):
         if values[key] and not values["video"]:
             raise ValueError(f"{key}: {values[key]} given, must be left out without a video")
