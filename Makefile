@@ -2,6 +2,7 @@
 #   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
 #   make docs   the pages, into build/site
+#   make install-matrix PYTHONS="..."   one wheel, installed and run by each of these interpreters and their torch
 #   make gpu-check   on a machine with a GPU: build, tests, benchmarks in ten minutes, with the packages of PYTHON, no network
 # TORCH is what pip installs as torch (2.11 or later):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
@@ -17,7 +18,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
-.PHONY: demo test docs lint format bench gpu-check resources clean
+.PHONY: demo test docs lint format bench gpu-check resources install-matrix soak clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
@@ -49,6 +50,13 @@ gpu-check:
 
 resources: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/resources.py --save
+
+install-matrix: $(VENV)/installed-dev
+	$(BIN)/python tests/install_matrix.py $(or $(PYTHONS),$(BIN)/python)
+
+# An hour and a few minutes.
+soak: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info vpfast/_C*.so vpfast/_build.json

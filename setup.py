@@ -7,6 +7,7 @@ reason are printed (pip shows them with -v) and kept in vpfast/_build.json for `
 The extension keeps to LibTorch's stable ABI: one binary serves every torch from 2.11 on, CPU and CUDA builds alike.
 """
 
+import fcntl
 import glob
 import importlib
 import importlib.util
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -231,6 +234,8 @@ class BuildNative(build_ext):
             self._compile(decision)
         folder = Path("vpfast") if self.inplace else Path(self.build_lib) / "vpfast"
         folder.mkdir(parents=True, exist_ok=True)
+        if decision.built == "none":  # what an earlier build left in the checkout would still be loaded
+            (folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         (folder / "_build.json").write_text(json.dumps(asdict(decision), indent=2) + "\n")
 
     def _compile(self, decision: Decision) -> None:
@@ -250,14 +255,28 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves out the tools of a checkout, which lie beside the benchmarks."""
+    """Leaves out the tools of a checkout, which lie beside the benchmarks, and what an earlier build left."""
+
+    def run(self) -> None:
+        folder = Path(self.build_lib) / "vpfast"
+        if folder.resolve() != Path("vpfast").resolve():
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found = super().find_package_modules(package, package_dir)
         return [each for each in found if each[:2] not in CHECKOUT_ONLY]
 
 
-if __name__ == "__main__":
+@contextmanager
+def alone() -> Iterator[None]:
+    """All builds of a checkout work in its folder build/: a second one waits for the first."""
+    with open(__file__) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
     setup(
         packages=[
             *find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*", "vpfast.benchmarks*"]),
@@ -276,3 +295,8 @@ if __name__ == "__main__":
         ext_modules=[Extension("vpfast._C", sources=[])],
         cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     )
+
+
+if __name__ == "__main__":
+    with alone():
+        main()

@@ -7,6 +7,7 @@ exported from a model needs. Everything else is imported when it is first asked 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vpfast import _torch as _torch  # says what is missing before anything else misses it
 from vpfast import ops
 from vpfast._version import __version__
 from vpfast.ops import backend, current_backend
