@@ -10,7 +10,7 @@ from vpfast.training import DataConfig, TrainConfig, log
 CODES = {"name": "hrvqvae", "channels": [4], "residual_channels": 4, "latent_channels": 3, "codebook_size": 3}
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _unpainted():
     """No run paints its curves, which takes longer than the run; what would be painted is asserted in test_log."""
     with pytest.MonkeyPatch.context() as patch:
