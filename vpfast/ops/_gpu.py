@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 from vpfast.ops import _native
+from vpfast.ops._tracing import constant_in_traces
 
 Capability = tuple[int, int]
 
@@ -46,14 +47,14 @@ def _capability(index: int | None) -> Capability | None:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def runs_native(index: int | None) -> bool:
     """Does the extension hold code for that GPU? Not traced: a compiled graph is for the GPU that it was traced on."""
     found = capability(index)
     return found is None or _any_runs_on(built_for(), found)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def runs_triton(index: int | None) -> bool:
     """Can Triton compile for that GPU? Not traced either."""
     found = capability(index)
