@@ -129,6 +129,7 @@ def measure(name: str, options: argparse.Namespace) -> int:
     from vpfast.benchmarks import harness, record, registry
     from vpfast.benchmarks.measure import of_benchmark
     from vpfast.benchmarks.problem import WrongResultError
+    from vpfast.cli._denormals import denormals_as_zero
 
     place, benchmark = _place(options), registry.load(name)
     if options.device not in benchmark.places:
@@ -139,7 +140,8 @@ def measure(name: str, options: argparse.Namespace) -> int:
     machine = harness.machine(place.device)  # now: a benchmark may tie the process to one core
     seconds = options.seconds or (1.0 if place.gpu else 6.0)
     try:
-        rows, bars = of_benchmark(benchmark, place, seconds, options.case, not options.no_growth, _progress)
+        with denormals_as_zero():  # as `vpfast train` has it, for every contender
+            rows, bars = of_benchmark(benchmark, place, seconds, options.case, not options.no_growth, _progress)
     except WrongResultError as error:
         print(f"vpfast: {name}: {error}: no figures", file=sys.stderr)
         return 1

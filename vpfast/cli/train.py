@@ -1,13 +1,12 @@
 """``vpfast train``: from a YAML file and dotted options to a folder of weights."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import yaml
 
+from vpfast.cli._denormals import denormals_as_zero
 from vpfast.cli._options import Options
 from vpfast.training import TrainConfig, train
 from vpfast.training.config import from_dict, to_dict
@@ -37,25 +36,11 @@ def run(argv: Sequence[str]) -> int:
     config = from_dict(TrainConfig, values)
     if dry:
         return _tell(config)
-    with _denormals_as_zero():
+    with denormals_as_zero():
         weights = train(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # one process of several speaks for all
         print(f"weights: {weights}")
     return 0
-
-
-@contextmanager
-def _denormals_as_zero() -> Iterator[None]:
-    """Numbers below 1.2e-38 are 0 meanwhile: a processor takes a hundred times as long for each.
-
-    Gradients get there, by a factor of 0.01 at every LeakyReLU that they pass on its lower side: without this a step of
-    MSPN's ``released-mnist`` over 20 frames took 44 s in place of 5.6.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def _tell(config: TrainConfig) -> int:

@@ -109,6 +109,17 @@ def check_maps(owner: str, x: Tensor, channels: int, weight: Tensor, multiple: i
             raise ValueError(f"{owner} takes maps whose {name} is a positive multiple of {multiple}, got {size}")
 
 
+def laid_out_as(weight: Tensor, x: Tensor) -> Tensor:
+    """``x`` in channels_last where ``weight`` is.
+
+    What is joined of maps in both layouts is in neither, and a convolution copies it forward and backward.
+    """
+    last = torch.channels_last
+    if weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
+        return x.contiguous(memory_format=last)
+    return x
+
+
 def check_volumes(owner: str, x: Tensor, channels: int, weight: Tensor) -> None:
     """Raise unless ``x`` is (B, channels, T, H, W), T, H and W of at least 1, and goes with ``weight``.
 

@@ -20,7 +20,9 @@ class Bottleneck(nn.Module):
             layer = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2)
             return [layer, nn.BatchNorm2d(out_channels)] if batch_norm else [layer]
 
-        self.body = nn.Sequential(*convolution(in_channels, 3), nn.LeakyReLU(LEAK, inplace=True), *convolution(out_channels, 3))
+        self.body = nn.Sequential(
+            *convolution(in_channels, 3), nn.LeakyReLU(LEAK, inplace=True), *convolution(out_channels, 3)
+        )
         self.skip = nn.Sequential(*convolution(in_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(EncoderStage(i, o, batch_norm, widen) for i, o in pairwise(channels))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = [F.leaky_relu(self.stem(x), LEAK)]
+        maps = [F.leaky_relu_(self.stem(x), LEAK)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return maps

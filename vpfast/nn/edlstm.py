@@ -17,6 +17,7 @@ from vpfast.nn._common import (
     check_maps,
     check_widths,
     given_or_zeros,
+    laid_out_as,
 )
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import Decoder, Encoder, Widen
@@ -95,7 +96,7 @@ class EDLSTMCell(nn.Module):
         """
         check_maps("EDLSTMCell", x, self.in_channels, self.encoder.stem.weight, self.factor)
         h, c = given_or_zeros("EDLSTMCell", state, x, (x.shape[0], self.hidden_channels, x.shape[2], x.shape[3]))
-        *skips, feature = self.encoder(torch.cat((x, h), dim=1))
+        *skips, feature = self.encoder(torch.cat((laid_out_as(self.encoder.stem.weight, x), h), dim=1))
         feature = self._merge(feature, shared)  # Eq. 4
         gates = self.decoder(feature, skips)  # Eq. 1
         return edlstm_gates(gates, c, self.gate_order), feature  # Eq. 2-3
@@ -109,4 +110,4 @@ class EDLSTMCell(nn.Module):
             raise ValueError("EDLSTMCell: built with shared_channels, so every step needs the shared feature")
         expected = (feature.shape[0], self.shared_channels, feature.shape[2], feature.shape[3])
         check_joined("EDLSTMCell", "shared", shared, feature, expected)
-        return F.leaky_relu(self.share(torch.cat((feature, shared), dim=1)), LEAK)
+        return F.leaky_relu_(self.share(torch.cat((feature, shared), dim=1)), LEAK)
