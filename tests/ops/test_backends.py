@@ -1,11 +1,15 @@
 """Which backend serves a GPU, by what the GPU is and what was compiled, with GPUs that are not there."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import vpfast
 from vpfast.ops import _backend, _gpu, _native
 from vpfast.ops._backend import BackendError, Backends
+from vpfast.ops._tracing import constant_in_traces
 
 T4, A100, RTX4090, H200, B200, THOR, RTX5090 = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0)
 
@@ -142,6 +146,15 @@ def test_the_choice_can_be_traced(machine, monkeypatch, gpu, wanted):
 
     torch.compiler.reset()
     assert torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(1)).item() == 1
+
+
+def test_constants_of_a_trace_are_those_of_torch():
+    """The mark is torch's own, set without importing its compiler, and so does importing vpfast."""
+    ours, theirs = (mark(lambda: 1) for mark in (constant_in_traces, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(theirs) != {}
+    code = "import sys, vpfast.ops; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_gpu_is_asked_once(machine, monkeypatch):

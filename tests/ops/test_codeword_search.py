@@ -4,7 +4,6 @@ Its training form has a ladder of its own, test_codeword_search_train.py, where 
 test_codeword_search_refusals.py.
 """
 
-import itertools
 import math
 
 import pytest
@@ -372,40 +371,6 @@ def test_strides(isa, poisoned, case):
             assert all(t.is_contiguous() for t in gradients)
 
 
-@pytest.mark.parametrize("case", strided_cases())
-@pytest.mark.parametrize("strict_tree", [True, False])
-def test_opcheck(case, strict_tree):
-    z = strided_cases()[case]
-    codebooks = [codebook.requires_grad_() for codebook in inputs(1, 6, 3, 2, strict_tree)[1]]
-    torch.library.opcheck(
-        torch.ops.vpfast.codeword_search.default, (z.detach().requires_grad_(), codebooks, strict_tree)
-    )
-    indices = codeword_search(z, codebooks, strict_tree)[1]
-    torch.library.opcheck(
-        torch.ops.vpfast.codeword_search_backward.default,
-        (torch.randn(z.shape), indices, [codebook.detach() for codebook in codebooks], strict_tree),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-def test_result_does_not_depend_on_threads(isa):
-    results = []
-    threads = torch.get_num_threads()
-    for case in ((5000, 8, 8, 3, True), (3000, 16, 300, 2, False)):
-        z, codebooks = inputs(*case)
-        grad = torch.randn_like(z)
-        try:
-            for count in (1, 2, 3, 5):
-                torch.set_num_threads(count)
-                found = codeword_search(z, codebooks, case[-1])
-                gradients = torch.ops.vpfast.codeword_search_backward(grad, found[1], codebooks, case[-1])
-                results.append((*found, *gradients))
-        finally:
-            torch.set_num_threads(threads)
-    for first, other in itertools.product((0, 4), (1, 2, 3)):
-        assert all(torch.equal(a, b) for a, b in zip(results[first], results[first + other], strict=True))
-
-
 @pytest.mark.parametrize("case", [(200, 8, 8, 3, True), (200, 64, 300, 2, False)], ids=str)
 def test_a_vector_does_not_depend_on_its_place(isa, case):
     z, codebooks = inputs(*case)
@@ -472,31 +437,6 @@ def test_compile_fullgraph(choice, dynamic):
         found[0].square().sum().backward()
         want[0].square().sum().backward()
         torch.testing.assert_close([t.grad for t in ours], [t.grad for t in theirs])
-
-
-def test_compile_once_for_any_number_of_vectors():
-    torch.compiler.reset()
-    graphs = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(codeword_search, fullgraph=True, dynamic=True, backend=graphs)
-    for N in (5, 64, 1000):
-        compiled(*inputs(N, 4, 3, 2))
-    assert graphs.frame_count == 1
-
-
-def test_export():
-    class Quantizer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.codebooks = torch.nn.ParameterList(inputs(1, 4, 3, 2)[1])
-
-        def forward(self, z):
-            return codeword_search(z, self.codebooks)
-
-    module = Quantizer()
-    z, _ = inputs(30, 4, 3, 2)
-    program = torch.export.export(module, (z[:7],), dynamic_shapes=({0: torch.export.Dim("N")},))
-    assert "vpfast.codeword_search" in str(program.graph)
-    torch.testing.assert_close(program.module()(z), codeword_search(z, list(module.codebooks)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -374,40 +374,6 @@ def test_strides(isa, poisoned, case, strict_tree):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("case", ["contiguous", "both", "one vector", "unaligned", "empty"])
-@pytest.mark.parametrize("strict_tree", [True, False])
-def test_opcheck(case, strict_tree):
-    z = strided_cases()[case].detach()
-    codebooks = inputs(1, 6, 3, 2, strict_tree)[1]
-    found = codeword_search_train(z, codebooks, strict_tree)
-    leaves = z.clone().requires_grad_(), [codebook.clone().requires_grad_() for codebook in codebooks]
-    torch.library.opcheck(torch.ops.vpfast.codeword_search_losses.default, (*leaves, strict_tree, True))
-    torch.library.opcheck(torch.ops.vpfast.codeword_search_train.default, (z, codebooks, strict_tree))
-    rest = (z, found.indices, codebooks, found.counts, found.sums, strict_tree)
-    for grad in (None, torch.randn(z.shape)):
-        torch.library.opcheck(
-            torch.ops.vpfast.codeword_search_train_backward.default,
-            (grad, torch.randn(2), torch.randn(2, 2).triu(), *rest),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
-@pytest.mark.parametrize("case", [(5000, 8, 8, 3, True), (3000, 16, 300, 2, False)], ids=str)
-def test_result_does_not_depend_on_threads(isa, case):
-    z, codebooks = inputs(*case)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            found = codeword_search_train(z, codebooks, case[-1])
-            results.append((*found, *gradients(z, codebooks, case[-1], True)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 @native
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_same_codes_as_the_search_alone(isa, case):

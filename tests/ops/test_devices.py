@@ -6,7 +6,7 @@ checks of the CUDA kernels are compiled for the host in test_codeword_search_cud
 
 import pytest
 import torch
-from codebooks import inputs
+from operators import ONE_EACH
 
 from vpfast.ops import _library
 
@@ -14,47 +14,7 @@ GPU = torch.cuda.is_available()
 HERE, OTHER = ("cuda:0", "cpu") if GPU else ("cpu", "meta")
 
 
-def codewords():
-    z, codebooks = inputs(5, 4, 3, 2)
-    indices, counts, sums = torch.zeros(5, 2, dtype=torch.int64), torch.zeros(12), torch.zeros(12, 4)
-    return z, codebooks, indices, counts, sums
-
-
-def search():
-    z, codebooks, *_ = codewords()
-    return z, codebooks, True
-
-
-def search_backward():
-    z, codebooks, indices, *_ = codewords()
-    return z, indices, codebooks, True
-
-
-def train_backward():
-    z, codebooks, *rest = codewords()
-    return z, torch.ones(2), torch.ones(2, 2), z, rest[0], codebooks, *rest[1:], True
-
-
-def cells():
-    return torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 12, 4), torch.zeros(2, 3, 4), "fiog"
-
-
-def attention(tensors, *more):
-    return *(torch.zeros(1, 2, 8, 16) for _ in range(tensors)), *more, [2, 2, 2], "raster", [-1, -1, -1], 0.25
-
-
-OPERATORS = {
-    "codeword_search": search(),
-    "codeword_search_train": search(),
-    "codeword_search_backward": search_backward(),
-    "codeword_search_train_backward": train_backward(),
-    "codeword_search_losses": (*search(), False),
-    "edlstm_gates": cells()[2:],
-    "edlstm_gates_backward": cells(),
-    "masked_attention3d": attention(3),
-    "masked_attention3d_backward": attention(5, torch.zeros(1, 2, 8)),
-    "masked_attention3d_decode": attention(3, torch.zeros(8, dtype=torch.int64)),
-}
+OPERATORS = {name: problem.arguments() for name, problem in ONE_EACH.items()}
 # No kernel of this one runs on a GPU but Triton's.
 CASES = [
     (name, variant)

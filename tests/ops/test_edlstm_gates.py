@@ -274,21 +274,6 @@ def test_strides(poisoned, case):
     torch.testing.assert_close(grads, reference.edlstm_gates_backward(grad_h, grad_c, gates, c_prev))
 
 
-@pytest.mark.parametrize("case", strided_cases())
-def test_opcheck(case):
-    gates, c_prev = strided_cases()[case]
-    torch.library.opcheck(
-        torch.ops.vpfast.edlstm_gates.default,
-        (gates.detach().requires_grad_(), c_prev.detach().requires_grad_(), "fiog"),
-    )
-    grads = (torch.randn_like(c_prev), torch.randn_like(c_prev))
-    torch.library.opcheck(
-        torch.ops.vpfast.edlstm_gates_backward.default,
-        (*grads, gates, c_prev, "fiog"),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
 @given(
     data=st.data(),
     dtype=st.sampled_from(DTYPES),
@@ -317,22 +302,6 @@ def test_any_shape_and_stride(isa, data, dtype, spatial, batch, channels):
         assert ours.dtype == theirs.dtype
         eps = torch.finfo(ours.dtype).eps
         torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=4 * eps)
-
-
-@native
-def test_result_does_not_depend_on_threads(isa):
-    gates, c_prev = inputs((3, 64, 33, 31))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            grads = torch.ops.vpfast.edlstm_gates_backward(c_prev, c_prev, gates, c_prev, "fiog")
-            results.append((*edlstm_gates(gates, c_prev), *grads))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @native
@@ -374,17 +343,6 @@ def test_compile_through_backend_choice():
 
     torch.testing.assert_close(cell(gates, c_prev), reference.edlstm_gates(gates, c_prev)[0])
     assert vpfast.current_backend() == "auto"
-
-
-def test_export():
-    class Cell(torch.nn.Module):
-        def forward(self, gates, c_prev):
-            return edlstm_gates(gates, c_prev)
-
-    gates, c_prev = inputs((2, 8, 4, 4))
-    program = torch.export.export(Cell(), (gates, c_prev))
-    assert "vpfast.edlstm_gates" in str(program.graph) or _native.extension is None
-    torch.testing.assert_close(program.module()(gates, c_prev), edlstm_gates(gates, c_prev))
 
 
 def test_fake_tensors_have_the_real_layout():

@@ -5,6 +5,7 @@ import importlib.util
 import interpreter
 import pytest
 import torch
+from operators import LAYOUTS, laid_out
 
 import vpfast
 from vpfast.ops._fused_maps import leaky_sum_, signed_errors
@@ -60,6 +61,33 @@ def test_errors(dtype, channels, factor):
     assert found.isnan().sum() == 2
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert found.stride() == wanted.stride()
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    x, y = (maps((2, 3, 4, 6), torch.float32, seed) for seed in (1, 2))
+    torch.library.opcheck(torch.ops.vpfast.signed_errors_triton.default, (x, *laid_out((y,), layout)))
+    torch.library.opcheck(torch.ops.vpfast.leaky_sum__triton.default, (x, *laid_out((y[0, :, 0, 0],), layout), y, 0.1))
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bias_of_any_stride(layout):
+    x, (bias,) = maps((2, 3, 4, 6), torch.float32, 1), laid_out((torch.randn(3, device=DEVICE),), layout)
+    wanted = torch.relu(x + bias[:, None, None])
+    with vpfast.backend("triton"):
+        torch.testing.assert_close(leaky_sum_(x, bias), wanted)
+
+
+@needs_triton
+def test_vmap():
+    predictions, frames = maps((6, 3, 4, 6), torch.float32, 1), maps((2, 3, 4, 6), torch.float32, 2)
+    operator, batches = torch.ops.vpfast.signed_errors_triton, predictions.unflatten(0, (3, 2))
+    found = torch.func.vmap(operator, (0, None))(batches, frames)
+    assert torch.equal(found, torch.stack([operator(batch, frames) for batch in batches]))
+    with pytest.raises(RuntimeError, match=r"^vpfast::leaky_sum__triton writes into .* give it the whole batch$"):
+        torch.func.vmap(torch.ops.vpfast.leaky_sum__triton, (0, None, None, None))(batches, frames[0, :, 0, 0], None, 0)
 
 
 @needs_triton

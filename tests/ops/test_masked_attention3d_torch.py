@@ -27,20 +27,6 @@ def decode(q, k, v):
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", strided_cases())
-def test_opcheck(case):
-    q, k, v, grad = strided_cases()[case]
-    operators, rules = torch.ops.vpfast, options(q, STRIDED, Mask3d("separable", (1, None, 2)))
-    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    torch.library.opcheck(operators.masked_attention3d.default, (*leaves, *rules))
-    out, lse = operators.masked_attention3d(q, k, v, *rules)
-    tests = ("test_schema", "test_faketensor")
-    given = (grad, q, k, v, out, lse, *rules)
-    torch.library.opcheck(operators.masked_attention3d_backward.default, given, test_utils=tests)
-    given = (q[:, :, POSITIONS], k, v, POSITIONS, *rules)
-    torch.library.opcheck(operators.masked_attention3d_decode.default, given)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fake_tensors_have_the_real_layout(dtype):
     for case in strided_cases().values():

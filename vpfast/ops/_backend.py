@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import types
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch.autograd import forward_ad
 
 from vpfast.ops import _gpu, _native
+from vpfast.ops._tracing import constant_in_traces
 
 Name = Literal["auto", "native", "triton", "reference"]
 NAMES: tuple[str, ...] = get_args(Name)
@@ -170,17 +172,43 @@ class Backends:
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
-    """Does a ``torch.func`` transform or forward-mode differentiation look at one of these?
-
-    Those see through plain PyTorch only: they would take a compiled kernel for a constant, in silence.
-    """
+    """Does a ``torch.func`` transform or forward-mode differentiation look at one of these?"""
     if torch.compiler.is_compiling():
         return False
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-        return True
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) or _have_tangents(tensors)
+
+
+def is_differentiated(*tensors: torch.Tensor) -> bool:
+    """The same but for ``vmap``, which the operators have rules of their own for.
+
+    What differentiates sees through plain PyTorch only: it would take a compiled kernel for a constant, in silence.
+    """
+    if torch.compiler.is_compiling():
+        return _derivative_is_traced()
+    wrapped = filter(torch._C._functorch.is_functorch_wrapped_tensor, tensors)
+    return any(map(_is_wrapped_for_derivatives, wrapped)) or _have_tangents(tensors)
+
+
+def _have_tangents(tensors: Sequence[torch.Tensor]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _is_wrapped_for_derivatives(tensor: torch.Tensor) -> bool:
+    """Is one of the wrappers around it another than that of ``vmap``?"""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@constant_in_traces
+def _derivative_is_traced() -> bool:
+    """Is what the compiler traces within ``torch.func.grad`` or the like? Of its tensors a trace tells nothing."""
+    functorch = torch._C._functorch
+    derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())
 
 
 def autocast_is_on(tensor: torch.Tensor) -> bool:
@@ -189,13 +217,13 @@ def autocast_is_on(tensor: torch.Tensor) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def _has_autocast(device: str) -> bool:
     """Not traced: the compiler of torch 2.11 does not know this question."""
     return torch.amp.is_autocast_available(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def native_devices(qualified_op: str) -> tuple[str, ...]:
     """Device types that the loaded extension registered a kernel of ``qualified_op`` for. Not traced."""
     if _native.extension is None:

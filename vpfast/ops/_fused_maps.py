@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, current_backend
-from vpfast.ops._library import LIBRARY, register_fake, serve_by_triton
+from vpfast.ops._library import LIBRARY, refuse_vmap, register_fake, register_vmap, serve_by_triton
 
 LIBRARY.define("leaky_sum__triton(Tensor(a!) x, Tensor bias, Tensor? y, float slope) -> ()")
 LIBRARY.define("signed_errors_triton(Tensor prediction, Tensor frame) -> Tensor")
@@ -30,7 +30,7 @@ def leaky_sum_(x: Tensor, bias: Tensor, y: Tensor | None = None, slope: float = 
         return F.leaky_relu_(x, slope) if slope else x.relu_()
     x = x.contiguous(memory_format=torch.channels_last)
     y = None if y is None else y.contiguous(memory_format=torch.channels_last)
-    torch.ops.vpfast.leaky_sum__triton(x, bias, y, slope)
+    torch.ops.vpfast.leaky_sum__triton(x, bias.contiguous(), y, slope)
     return x
 
 
@@ -57,3 +57,5 @@ def _fake_errors(prediction: Tensor, frame: Tensor) -> Tensor:
 
 register_fake("leaky_sum__triton", lambda *arguments: None)
 register_fake("signed_errors_triton", _fake_errors)
+refuse_vmap("leaky_sum__triton", "a batch of maps is one call: give it the whole batch")
+register_vmap("signed_errors_triton", ("prediction", "frame"))

@@ -1,16 +1,17 @@
 """The one ``torch.library`` namespace that every operator of vpfast is registered in.
 
 An operator exists twice: ``vpfast::name``, which the compiled extension implements, and ``vpfast::name_triton``.
-Schema, fake, autograd and autocast are the same code for both.
+Schema, fake, autograd, autocast and vmap are the same code for both.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 LIBRARY = torch.library.Library("vpfast", "FRAGMENT")
 
@@ -31,6 +32,60 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
         return fake(*arguments)
 
     torch.library.register_fake(f"vpfast::{name}", checked, lib=LIBRARY)
+
+
+def register_vmap(name: str, folded: Sequence[str] = ()) -> None:
+    """Let ``torch.func.vmap`` call ``vpfast::name``, which changes none of its arguments.
+
+    ``folded`` names the arguments whose dim 0 is a batch, as dim 0 of every result is: where ``vmap`` maps over no
+    other, its dimension becomes part of theirs, and the operator is called once. Else it is called for one after
+    another.
+    """
+    operator = getattr(torch.ops.vpfast, name).default
+    is_folded = [argument.name in folded for argument in operator._schema.arguments]
+
+    def rule(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
+        if info.batch_size == 0:
+            raise RuntimeError(f"vpfast::{name}: torch.func.vmap maps over a dimension of size 0; leave the call out")
+        if any(_is_mapped(dim) for dim, may_fold in zip(dims, is_folded, strict=True) if not may_fold):
+            return _one_after_another(operator, info.batch_size, dims, arguments), 0
+        whole = [
+            _folded(given, dim, info.batch_size) if may_fold and given is not None else given
+            for given, dim, may_fold in zip(arguments, dims, is_folded, strict=True)
+        ]
+        return tree_map(lambda result: result.unflatten(0, (info.batch_size, -1)), operator(*whole)), 0
+
+    torch.library.register_vmap(f"vpfast::{name}", rule, lib=LIBRARY)
+
+
+def refuse_vmap(name: str, instead: str) -> None:
+    """Let ``torch.func.vmap`` of ``vpfast::name`` be one error, which says what to do ``instead``."""
+
+    def refuse(*arguments: Any) -> NoReturn:
+        raise RuntimeError(
+            f"vpfast::{name} writes into tensors that it is given, which torch.func.vmap cannot map; {instead}"
+        )
+
+    torch.library.register_vmap(f"vpfast::{name}", refuse, lib=LIBRARY)
+
+
+def _is_mapped(dims: Any) -> bool:
+    """Of an argument's dim that is mapped over, or None; a list of these where the argument is a list."""
+    return any(map(_is_mapped, dims)) if isinstance(dims, list | tuple) else dims is not None
+
+
+def _one_after_another(operator: Any, count: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    def one(index: int) -> Any:
+        of_index = tree_map(lambda given, dim: given if dim is None else given.select(dim, index), arguments, dims)
+        return operator(*of_index)
+
+    return tree_map(lambda *results: torch.stack(results), *map(one, range(count)))
+
+
+def _folded(given: Tensor, dim: int | None, count: int) -> Tensor:
+    """(B, ...) for each of ``count``, which lie along ``dim`` or are the same, -> (count B, ...)."""
+    each = given.expand(count, *given.shape) if dim is None else given.movedim(dim, 0)
+    return each.flatten(0, 1)
 
 
 def device_of_all(name: str, arguments: tuple[Any, ...]) -> torch.device:

@@ -6,11 +6,12 @@ There is no reference beside them: that is the sampler in torch, ``vpfast.models
 """
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from vpfast.ops._library import LIBRARY, register_fake
+from vpfast.ops._library import LIBRARY, refuse_vmap, register_fake
 
 NOT_FINITE = "the prior gives logits that are not finite: its weights are not, or overflow in half precision"
 
@@ -57,5 +58,15 @@ def _sample_frame(
         raise ValueError(NOT_FINITE)
 
 
+def _no_trace(*arguments: Any) -> NoReturn:
+    raise RuntimeError(
+        "vpfast::sample_codes tells by what it returns whether all logits were finite, which a trace cannot know; "
+        "vpfast::sample_frame is the same for a trace"
+    )
+
+
 LIBRARY.impl("sample_frame", _sample_frame, "CPU")
 register_fake("sample_frame", lambda *arguments: None)
+register_fake("sample_codes", _no_trace)
+for _name in ("sample_codes", "sample_frame"):
+    refuse_vmap(_name, "a batch of clips is one call: give predict or sample the whole batch")

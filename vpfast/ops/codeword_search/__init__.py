@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._backend import autocast_is_on, current_backend, is_differentiated
 from vpfast.ops._library import operator
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import CodewordSearchTraining
@@ -37,8 +37,9 @@ def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = 
 
     Differentiable once, in the codebooks: ``quantized`` gives its gradient to each codeword it is the sum of. ``z``
     gets none, for the codes are piecewise constant in it; :func:`codeword_search_train` has the straight-through one.
-    Under ``torch.func`` transforms and forward-mode differentiation the plain PyTorch reference computes. Results are
-    bitwise repeatable whatever the number of threads. Under autocast the search is float32.
+    Under ``torch.func.vmap`` what is mapped of ``z`` makes one search, and mapped codebooks are searched one after
+    another; under its transforms that differentiate, and forward-mode differentiation, the plain PyTorch reference
+    computes. Results are bitwise repeatable whatever the number of threads. Under autocast the search is float32.
 
     A distance that is NaN or infinite never wins, and where none wins the index is 0. A vector that holds NaN or
     infinity gets indices 0 and a quantized vector of NaN.
@@ -95,7 +96,7 @@ def codeword_search_train(
 def _is_plain(z: Tensor, codebooks: list[Tensor]) -> bool:
     """Is plain PyTorch asked for? On a CPU without a kernel the operators are served by the reference, but in bounded
     memory."""
-    return current_backend() == "reference" or is_transformed(z, *codebooks)
+    return current_backend() == "reference" or is_differentiated(z, *codebooks)
 
 
 def _as_autocast(z: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

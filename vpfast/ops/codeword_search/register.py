@@ -1,4 +1,4 @@
-"""``vpfast::codeword_search`` and its training forms as torch operators: schema, fake, autograd, autocast."""
+"""``vpfast::codeword_search`` and its training forms as torch operators: schema, fake, autograd, autocast, vmap."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, register_vmap, serve_by_triton
 from vpfast.ops.codeword_search import reference
 from vpfast.ops.codeword_search.reference import working_dtype
 
@@ -245,6 +245,13 @@ def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
+def _no_batch_of_gradients(*arguments: Any) -> NoReturn:
+    raise RuntimeError(
+        "vpfast.ops.codeword_search has no backward pass for is_grads_batched=True or vectorize=True; take one "
+        "gradient after another, or map torch.autograd.grad by torch.func.vmap"
+    )
+
+
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(
         "vpfast::codeword_search_train has no gradient of its own; call vpfast.ops.codeword_search_train, which has"
@@ -284,6 +291,7 @@ def _register(variant: str) -> None:
     }
     for op, fake in fakes.items():
         register_fake(op + variant, fake)
+        register_vmap(op + variant, ("z",) if op == FORWARD else ())  # the others sum over all vectors
     LIBRARY.impl(LOSSES + variant, losses, "CompositeExplicitAutograd")
 
     def differentiate(op: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
@@ -292,8 +300,9 @@ def _register(variant: str) -> None:
     differentiate(FORWARD, _backward(variant), _setup)
     differentiate(LOSSES, _losses_backward(variant), _losses_setup)
     differentiate(TRAIN, _no_gradient)
-    differentiate(BACKWARD, _double_backward)
-    differentiate(TRAIN_BACKWARD, _double_backward)
+    for op in (BACKWARD, TRAIN_BACKWARD):
+        differentiate(op, _double_backward)
+        LIBRARY.impl(op + variant, _no_batch_of_gradients, "Batched")
 
     for op in (FORWARD, TRAIN, LOSSES):
         for key in ("AutocastCPU", "AutocastCUDA"):

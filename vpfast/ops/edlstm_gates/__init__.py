@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vpfast.ops._backend import autocast_is_on, is_transformed
+from vpfast.ops._backend import autocast_is_on, is_differentiated
 from vpfast.ops._library import operator
 from vpfast.ops.edlstm_gates import reference
 from vpfast.ops.edlstm_gates.register import backends
@@ -27,9 +27,10 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
         ``h`` (B, C, *) in the type of ``gates`` and ``c`` (B, C, *) in the type of ``c_prev``; both channels_last
         where ``gates`` is, else contiguous. Arithmetic is float32 for half-precision gates.
 
-    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. Under ``torch.func`` transforms
-    and forward-mode differentiation the plain PyTorch reference computes. Results are bitwise repeatable whatever the
-    number of threads. NaN in gives NaN out. Under autocast the cell state is float32.
+    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. Under ``torch.func.vmap`` all that
+    is mapped makes one batch; under its transforms that differentiate, and forward-mode differentiation, the plain
+    PyTorch reference computes. Results are bitwise repeatable whatever the number of threads. NaN in gives NaN out.
+    Under autocast the cell state is float32.
 
     Raises:
         TypeError: a type that is not supported, or two that do not go together.
@@ -38,7 +39,7 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
     """
     _check(gates, c_prev, order)
     backend = backends.select(gates.device)
-    if backend == "reference" or is_transformed(gates, c_prev):
+    if backend == "reference" or is_differentiated(gates, c_prev):
         if autocast_is_on(gates) and gates.dtype != torch.float64:
             c_prev = c_prev.float()
         return reference.edlstm_gates(gates, c_prev, order)

@@ -1,4 +1,4 @@
-"""``vpfast::edlstm_gates`` and its backward as torch operators: schema, fake, autograd, autocast."""
+"""``vpfast::edlstm_gates`` and its backward as torch operators: schema, fake, autograd, autocast, vmap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vpfast.ops import _native
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, register_vmap, serve_by_triton
 from vpfast.ops.edlstm_gates import reference
 
 FORWARD, BACKWARD = "edlstm_gates", "edlstm_gates_backward"
@@ -114,6 +114,8 @@ def _register_autocast(op: str, key: str) -> None:
 for _variant in VARIANTS:
     register_fake(FORWARD + _variant, _fake)
     register_fake(BACKWARD + _variant, _fake_backward)
+    register_vmap(FORWARD + _variant, ("gates", "c_prev"))
+    register_vmap(BACKWARD + _variant, ("grad_h", "grad_c", "gates", "c_prev"))
     torch.library.register_autograd(
         f"vpfast::{FORWARD}{_variant}", _backward(_variant), setup_context=_setup_context, lib=LIBRARY
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._backend import autocast_is_on, current_backend, is_differentiated, is_transformed
 from vpfast.ops._library import operator
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import Mask3d
@@ -40,9 +40,10 @@ def masked_attention3d(
         no key gets 0, and gradients of 0.
 
     Differentiable once in ``q``, ``k`` and ``v``; backward keeps those, the result and one number a query, and
-    recomputes the rest. Under ``torch.func`` transforms and forward-mode differentiation the plain PyTorch reference
-    computes, whose memory is quadratic. Results are bitwise repeatable whatever the number of threads. NaN and infinity
-    count where they are seen, as in a softmax, and nowhere else. Under autocast the type is autocast's, as for
+    recomputes the rest. Under ``torch.func.vmap`` all that is mapped makes one batch; under its transforms that
+    differentiate, and forward-mode differentiation, the plain PyTorch reference computes, whose memory is quadratic.
+    Results are bitwise repeatable whatever the number of threads. NaN and infinity count where they are seen, as in a
+    softmax, and nowhere else. Under autocast the type is autocast's, as for
     ``torch.nn.functional.scaled_dot_product_attention``.
 
     Raises:
@@ -132,7 +133,7 @@ def _serving(*tensors: Tensor) -> str:
     """The backend that serves these. On a CPU without a kernel that is still the operator: the reference answers there,
     but in bounded memory."""
     backend = backends.select(tensors[0].device)
-    if current_backend() == "reference" or is_transformed(*tensors):
+    if current_backend() == "reference" or is_differentiated(*tensors):
         return "reference"
     return "native" if backend == "reference" else backend
 

@@ -1,4 +1,4 @@
-"""``vpfast::masked_attention3d``, its backward and its decode form: schema, fake, autograd, autocast.
+"""``vpfast::masked_attention3d``, its backward and its decode form: schema, fake, autograd, autocast, vmap.
 
 A mask travels as its name and the three radii of its window, -1 for no limit.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vpfast.ops._backend import Backends, native_devices
-from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, serve_by_triton
+from vpfast.ops._library import LIBRARY, VARIANTS, register_fake, register_vmap, serve_by_triton
 from vpfast.ops.masked_attention3d import reference
 from vpfast.ops.masked_attention3d.mask import Mask3d
 from vpfast.ops.masked_attention3d.reference import working_dtype
@@ -195,6 +195,7 @@ def _register_autocast(op: str, key: str) -> None:
 for _variant in VARIANTS:
     for _op, _fake in ((FORWARD, _fake_forward), (BACKWARD, _fake_backward), (DECODE, _fake_decode)):
         register_fake(_op + _variant, _fake)
+        register_vmap(_op + _variant, ("grad_out", "q", "k", "v", "out", "lse"))
     torch.library.register_autograd(
         f"vpfast::{FORWARD}{_variant}", _gradients(_variant), setup_context=_setup, lib=LIBRARY
     )
