@@ -1,6 +1,7 @@
 # Each target works on a fresh machine with Linux, Python 3.10+, g++ and make: it first makes a virtual environment here.
 #   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
+#   make bad-commands   a thousand bad requests to the command line (VPFAST_BAD_COMMANDS_SEED: others)
 #   make docs   the pages, into build/site
 #   make install-matrix PYTHONS="..."   one wheel, installed and run by each of these interpreters and their torch
 #   make gpu-check   on a machine with a GPU: build, tests, benchmarks in ten minutes, with the packages of PYTHON, no network
@@ -18,7 +19,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
-.PHONY: demo test docs lint format bench gpu-check resources install-matrix soak clean
+.PHONY: demo test bad-commands docs lint format bench gpu-check resources install-matrix soak clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
@@ -26,6 +27,9 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not alone'
 	$(BIN)/python -m pytest -m alone
+
+bad-commands: $(VENV)/installed-dev
+	VPFAST_BAD_COMMANDS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/cli/test_bad_commands.py
 
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -8,6 +8,7 @@ import pytest
 
 import vpfast
 from vpfast.cli import COMMANDS
+from vpfast.data.sets import SOURCES
 
 
 def test_help_lists_the_commands(command):
@@ -21,6 +22,25 @@ def test_every_command_explains_itself(command, name):
     code, out, err = command(name, "--help")
     assert (code, err) == (0, "")
     assert f"usage: vpfast {name}" in out
+
+
+@pytest.mark.parametrize("args", [*([name] for name in COMMANDS), *(["data", "prepare", name] for name in SOURCES)])
+def test_no_help_speaks_to_a_program(command, args):
+    """Neither in the markup of docstrings nor in types of Python."""
+    _, out, _ = command(*args, "--help")
+    for word in (":func:", ":class:", "``", "Literal", "Optional", "null, default", "tuple[", "dict["):
+        assert word not in out
+
+
+def test_help_tells_the_defaults(command):
+    _, out, _ = command("train", "--help")
+    said = " ".join(out.split())
+    assert "--steps STEPS updates of the weights (int, default: 10000)" in said
+    assert "clip the gradient to this norm (float or null)" in said
+    assert "the faster way for convolutions on most machines (default: true)" in said
+    assert "fewest and most frames fed back (default: [3, 5])" in said
+    assert "(default: the digits that come with scikit-learn) --data.size" in said
+    assert "--dry-run print the configuration, parameters, memory and FLOPs; read no data, write nothing" in said
 
 
 def test_version(command):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vpfast.cli._options import Options
+from vpfast.cli._video import WEIGHTS_HELP
 from vpfast.data.moving_digits import Split
 from vpfast.metrics import PROTOCOLS, VideoMetrics
 from vpfast.metrics.video_metrics import HEADINGS
@@ -60,8 +61,7 @@ def read_first(argv: Sequence[str]) -> tuple[nn.Module | None, TrainConfig | Non
 def add_measuring_options(options: Options, model: nn.Module | None, trained: TrainConfig | None) -> None:
     """All that decides what is measured and how; not what becomes of the result."""
     horizon = 10 if model is None or recipe_of(model).predicts else 0
-    told = "a folder of weights, a checkpoint, or a name such as mspn-one-digit; the options below default to its own"
-    options.add("weights", str, None, told)
+    options.add("weights", str, None, f"{WEIGHTS_HELP}; the options below default to its own")
     options.add("name", str, MODEL, "what is made of these weights is called so")
     options.add("split", Split, "test", "which clips")
     options.add("context", int, trained.context if trained else 10, "real frames the model is given")

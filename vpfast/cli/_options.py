@@ -1,5 +1,6 @@
 """Configurations from YAML files and dotted options, read by jsonargparse."""
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from vpfast.training.config import leaves, unknown_key
 
@@ -18,11 +19,35 @@ Deep = dict[str, dict[str, Any]]
 _MOST_NODES = 100_000  # a few lines of aliases can stand for more than fits into memory
 
 
+class Help(DefaultHelpFormatter):
+    """Types and defaults in the words of a YAML file; not those that are none, or that the option shows already."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text: str = super()._expand_help(action)
+        found = re.search(r" \((?:type: ([^()]*), default: .*|default: (?:False|null))\)$", text)
+        return text if found is None else text[: found.start()] + _in_brackets(found[1] or "", action.default)
+
+
+def _in_brackets(kind: str, default: Any) -> str:
+    told = [kind.replace(" | null", " or null")] if re.fullmatch(r"(int|float)( \| null)?", kind) else []
+    if default is True or default not in (None, False, {}, [], ()):
+        shown = list(default) if isinstance(default, tuple) else "true" if default is True else default
+        told.append(f"default: {shown}")
+    return f" ({', '.join(told)})" if told else ""
+
+
 class Options:
     """A jsonargparse parser whose complaints are one-line ValueErrors that name the key and the nearest valid one."""
 
     def __init__(self, prog: str, description: str) -> None:
-        self.parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+        self.parser = ArgumentParser(
+            prog=prog,
+            description=description,
+            formatter_class=Help,
+            exit_on_error=False,
+            allow_abbrev=False,
+            print_config=None,  # `vpfast train --dry-run` shows it checked
+        )
         self.parser.add_argument("--config", action="config", help="a YAML file, or a name of a packaged one")
         self._free: set[str] = set()
         self._deep: set[str] = set()
@@ -115,7 +140,7 @@ class Options:
 
     def _check_keys(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
         keys = {name[2:] for action in self.parser._actions for name in action.option_strings if name[:2] == "--"}
-        keys -= self._flags | {"help", "config", "print_config"}
+        keys -= self._flags | {"help", "config"}
         for name, value in values.items():
             key = f"{prefix}{name}"
             below = any(known.startswith(key + ".") for known in keys)

@@ -15,6 +15,8 @@ from vpfast.training import TrainConfig
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.config import MOST
 
+WEIGHTS_HELP = "a folder of weights, a checkpoint, or the name mspn-one-digit or shrvqvae-one-digit"
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as an argparse type."""
@@ -51,12 +53,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The weights, where they run, and whether what an earlier run wrote may go."""
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        required=True,
-        help="a folder of weights, a checkpoint, or a name such as mspn-one-digit",
-    )
+    parser.add_argument("--weights", type=Path, required=True, help=WEIGHTS_HELP)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes the GPU if it can")
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier run")
 

@@ -1,9 +1,4 @@
-"""``vpfast bench``: the operators and models timed beside what one would use otherwise.
-
-A contender whose result is wrong ends the benchmark without a figure. With several benchmarks each runs in a process
-of its own. Exit status: 0; 1 where a result was wrong or, with --compare, something of vpfast's became slower or takes
-more memory beyond noise; 2 where the request cannot be served.
-"""
+"""``vpfast bench``: the operators and models timed beside what one would use otherwise."""
 
 import argparse
 import importlib
@@ -18,9 +13,15 @@ from vpfast.cli import Parser
 if TYPE_CHECKING:
     from vpfast.benchmarks.problem import Place
 
+DESCRIPTION = """Time the operators and models beside what one would use otherwise.
+
+A contender whose result is wrong ends the benchmark without a figure. With several benchmarks each runs in a process
+of its own. Exit status: 0; 1 where a result was wrong or, with --compare, something of vpfast's became slower or takes
+more memory beyond noise; 2 where the request cannot be served."""
+
 
 def run(argv: Sequence[str]) -> int:
-    """Measure, list or compare; the exit status stands at the top of this file."""
+    """Measure, list or compare; see DESCRIPTION for the exit status."""
     options = _parser().parse_args(argv)
     if options.compare:
         _check_alone(options)
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="vpfast bench",
-        description=__doc__,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

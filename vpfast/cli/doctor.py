@@ -17,12 +17,13 @@ from vpfast.cli import Parser
 from vpfast.ops import _backend, _gpu, _native
 from vpfast.ops._backend import BackendError, Backends
 
+DESCRIPTION = "Show what is installed, what was built and why, and which backend serves each operator."
 BACKENDS = ("native", "triton", "reference")
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; always 0, for a missing extension is a finding and not a failure."""
-    Parser(prog="vpfast doctor", description=__doc__, allow_abbrev=False).parse_args(argv)
+    Parser(prog="vpfast doctor", description=DESCRIPTION, allow_abbrev=False).parse_args(argv)
     print("\n".join(report()))
     return 0
 

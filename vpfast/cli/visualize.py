@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import DefaultHelpFormatter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -24,7 +23,7 @@ from vpfast.cli._measure import (
     read_first,
     required,
 )
-from vpfast.cli._options import Options
+from vpfast.cli._options import Help, Options
 from vpfast.cli._out import check_out_folder
 from vpfast.cli._video import frame_size
 from vpfast.data import VideoError, read_video
@@ -159,7 +158,7 @@ def _options(model: nn.Module | None, trained: TrainConfig | None) -> Options:
     return options
 
 
-class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Help(Help, argparse.RawDescriptionHelpFormatter):
     """The description as it is written."""
 
 

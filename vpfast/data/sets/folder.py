@@ -23,8 +23,8 @@ from vpfast.data.video_folder import find_videos
 
 @dataclass(frozen=True)
 class Folder:
-    """A video is what :func:`vpfast.data.video_folder.find_videos` finds; one that no split's patterns match is left
-    out, one that two splits match is refused."""
+    """A video is a file with a video's ending, or a folder with images right inside it, in any depth below src. One
+    that no split's patterns match is left out, one that two splits match is refused."""
 
     name: ClassVar[str] = "folder"
     size: tuple[int, int] = option((128, 128), "height and width of the prepared frames, [H, W]")

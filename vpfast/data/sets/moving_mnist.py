@@ -21,7 +21,7 @@ FIXED_NAME = "mnist_test_seq.npy"
 
 @dataclass(frozen=True)
 class MovingMNIST:
-    """A recording is a clip, 64x64 and grey, as :class:`vpfast.data.MovingDigits` makes it.
+    """A recording is a clip, 64x64 and grey, as ``vpfast.data.MovingDigits`` makes it.
 
     ``src`` is a folder with MNIST's ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, plain or ``.gz``, and
     perhaps ``mnist_test_seq.npy``, uint8 (20, 10000, 64, 64), which then is the test split; or that file alone. A
