@@ -137,7 +137,7 @@ def test_models_of_codes_lie_side_by_side(command, code_weights, video, out, dra
         (["--blur", "1"], "blur: given, must be left out: a MSPN has no codes to repair it"),
         (["--clip", "-1"], "clip: -1 given, must be at least 0"),
         (["--fps", "60"], "fps: 60.0 given, must be above 0 and at most 50"),
-        (["--size", "0", "8"], "size: [0, 8] given, must be at least 1 each"),
+        (["--size", "0", "8"], "size: [0, 8] given, must be from 1 to 8192 each"),
         (["--size", "17", "24"], "must be a multiple of 2"),
         (["--protocol", "x"], "protocol: 'x' given, must be one of default, openstl"),
         (["--name", "repeat last frame"], "name: 'repeat last frame' given, must be another name"),
