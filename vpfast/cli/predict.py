@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpfast import optimize
 from vpfast._files import new_folder
 from vpfast.cli import Parser, _live
 from vpfast.cli._out import check_out_folder
@@ -139,7 +140,9 @@ def _completed(parser: Parser, options: Any) -> Any:
 def _predict(model: MSPN | SHRVQVAE, context: Tensor, horizon: int, sampling: Sampling) -> Tensor:
     """(1, T, C, H, W) -> (futures, horizon, C, H, W) on the CPU, float32 in [0, 1]."""
     if isinstance(model, MSPN):
-        futures = model.predict(context, horizon=horizon)
+        # Not on a GPU: one clip is over before its graph would be recorded.
+        fast = model if context.is_cuda else optimize(model.eval())
+        futures = fast.predict(context, horizon=horizon)
     else:
         futures = model.predict(
             context,
