@@ -279,7 +279,9 @@ def alone() -> Iterator[None]:
 def main() -> None:
     setup(
         packages=[
-            *find_namespace_packages(include=["vpfast*"], exclude=["*.__pycache__*", "vpfast.benchmarks*"]),
+            *find_namespace_packages(
+                include=["vpfast*"], exclude=["*.__pycache__*", "vpfast.benchmarks*", "vpfast.weights.*"]
+            ),
             "vpfast.kernels",
             "vpfast.benchmarks",
             *(f"vpfast.benchmarks.{part}" for part in ("ops", "models", "data")),
@@ -289,6 +291,7 @@ def main() -> None:
             "": ["README.md"],
             "vpfast": ["py.typed"],
             "vpfast.configs": ["**/*.yaml"],
+            "vpfast.weights": ["*/*"],
             "vpfast.visual": ["page.css", "page.js"],
         },
         exclude_package_data={"vpfast.benchmarks": ["NOTES.md"]},

@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent
 INCLUDE = re.compile(r"^<!-- include: ([^#\n]+?)(?:#([^\n]+))? -->$", re.MULTILINE)
 HEADING = re.compile(r"^(#{1,5}) (.*)$")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
-PICTURES = ("assets/demo.png",)
+PICTURES = ("assets/one-digit.png",)
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -262,11 +262,14 @@ def test_sdist_and_wheel(tree):
         "vpfast/benchmarks/ops/bench_edlstm_gates.py",
         "vpfast/ops/edlstm_gates/README.md",
         "vpfast/configs/mspn/moving-digits.yaml",
+        "vpfast/weights/mspn-one-digit/model.safetensors",
+        "vpfast/weights/shrvqvae-one-digit/README.md",
     ):
         assert wanted in names
     package = [name for name in names if ".dist-info/" not in name]
     assert all(name.startswith("vpfast/") for name in package)
-    assert {Path(name).suffix for name in package} <= {".py", ".md", ".yaml", ".css", ".js", ".json", ".typed"}
+    suffixes = {".py", ".md", ".yaml", ".css", ".js", ".json", ".typed", ".safetensors"}
+    assert {Path(name).suffix for name in package} <= suffixes
     assert not [name for name in package if "test" in name or "results" in name]
     assert not {f"vpfast/benchmarks/{name}" for name in ("gpu_check.py", "resources.py", "NOTES.md")} & set(names)
     (sdist,) = (tree / "dist").glob("*.tar.gz")

@@ -9,6 +9,8 @@ import torch
 from docs_pages import ROOT
 
 from vpfast.models import MSPN, MSPNConfig, load, save
+from vpfast.training import DataConfig, TrainConfig
+from vpfast.training.checkpoint import write_weights
 from vpfast.visual import write_mp4
 
 HORIZON = 2
@@ -84,3 +86,26 @@ def test_finetune_folder(weights, tmp_path):
     assert min(after) < before
     changed = load(tmp_path / "tuned").state_dict()
     assert any(not torch.equal(changed[key], value) for key, value in load(weights).state_dict().items())
+
+
+def test_publish_model(tmp_path):
+    pytest.importorskip("sklearn", reason="needs scikit-learn's digits: pip install 'vpfast[demo]'")
+    torch.manual_seed(0)
+    model = MSPN(MSPNConfig.preset("compact"))
+    config = TrainConfig(data=DataConfig(size=32, digits=1, digit_size=20), seed=7)
+    write_weights(tmp_path / "run" / "weights", model, config)
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n" * 12)
+    told = run(
+        *("publish_model.py", tmp_path / "run", tmp_path / "shared", "--name", "me/digits", "--license", "mit"),
+        *("--about", "Digits.", "--command", "vpfast train --out run", "--took", "A minute."),
+        *("--context", 2, "--horizon", HORIZON, "--clips", 3),
+    )
+    assert told.endswith("shared: README.md, config.json, model.safetensors, training.json\n")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "license: mit\n" in card
+    assert "# digits\n\nDigits.\n" in card
+    assert "```\nvpfast train --out run\n```\n\nSeed 7, 12 steps, torch" in card
+    assert "A minute.\n\n## Quality\n\n3 clips of the test split, 2 frames from 2, protocol `default`:" in card
+    assert "| repeat last frame | 0." in card
+    loaded = MSPN.from_pretrained(tmp_path / "shared").state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
