@@ -307,7 +307,7 @@ def _of_clips(things: Things) -> Iterator[Command]:
             "--size": size(4),
             "--context": whole(1),
         },
-        inputs={"video": "video", "--weights": "weights of codes"},
+        inputs={"video": "video", "--weights": "weights"},
         out=("--out", "folder"),
         forced=True,
         needed=("--out", "--weights"),

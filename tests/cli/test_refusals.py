@@ -87,6 +87,7 @@ def test_a_few_aliases_cannot_stand_for_more_than_there_is_memory(refused, tmp_p
 
 
 def test_the_place_of_a_value_is_not_empty(refused, weights, video, tmp_path):
+    assert refused("train", "--steps=--") == "vpfast: --steps=--: -- is no value\n"
     said = refused("predict", video, "--weights", weights, "--out", tmp_path / "o", "--fps=--")
     assert said == "vpfast: --fps=--: -- is no value\n"
 
@@ -171,7 +172,7 @@ def test_a_record_is_of_numbers(refused, tmp_path):
 def test_demo_speaks_as_the_other_commands_do(capsys):
     from vpfast.cli import answered, demo
 
-    for wrong in (["--scale", "nan"], ["--scale", "x"], ["--steps", "3"]):
+    for wrong in (["--scale", "nan"], ["--scale", "x"], ["--scale=--"], ["--steps", "3"]):
         assert answered(lambda wrong=wrong: demo.main(wrong), "demo") == 2
         said = capsys.readouterr().err
         assert said.startswith("vpfast: ")

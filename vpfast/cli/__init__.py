@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from vpfast._version import __version__
 from vpfast.ops._backend import BackendError
@@ -54,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    for arg in args:
-        if arg.startswith("--") and arg.endswith("=--"):  # argparse would make it an empty list
-            raise ValueError(f"{arg}: -- is no value")
     if args and args[0] in COMMANDS:
         command = importlib.import_module(f"vpfast.cli.{args[0]}")
         return int(command.run(args[1:]))
@@ -125,8 +123,19 @@ def _extra(error: ImportError) -> str | None:
     return EXTRAS.get((error.name or "").partition(".")[0])
 
 
+def check_values(args: Sequence[str]) -> None:
+    """Raise ValueError for ``--name=--``, which argparse takes for an empty list."""
+    for arg in args:
+        if arg.startswith("--") and arg.endswith("=--"):
+            raise ValueError(f"{arg}: -- is no value")
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaint is a ValueError, told in one line like any other."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        check_values(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ValueError(f"{message} (`{self.prog} --help` shows what is accepted)")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
+from vpfast.cli import check_values
 from vpfast.training.config import leaves, unknown_key
 
 Deep = dict[str, dict[str, Any]]
@@ -81,6 +82,7 @@ class Options:
         Raises:
             ValueError: an unknown key, a value of the wrong type, a configuration that cannot be read.
         """
+        check_values(argv)
         args, deep = self._without_deep(self._named_configs(argv))
         try:
             values = self.parser.parse_args(args)

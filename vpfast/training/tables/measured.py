@@ -101,7 +101,7 @@ def read_entries(path: Path, table: Table) -> list[Entry]:
 def _entry(values: dict[str, Any], table: Table) -> Entry:
     entry = Entry(**{**values, "labels": tuple(values["labels"]), "report": Report(**values["report"])})
     texts = (entry.method, entry.part, entry.clips, entry.report.protocol, *entry.labels)
-    numbers = [each for steps in entry.report.per_frame.values() for each in steps]
+    numbers = [*entry.report.mean.values(), *(each for steps in entry.report.per_frame.values() for each in steps)]
     fine = all(isinstance(each, str) for each in texts) and all(isinstance(each, int | float) for each in numbers)
     if not fine or not isinstance(entry.parameters, int | None):
         raise TypeError("a text or a number is something else")
