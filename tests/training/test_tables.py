@@ -216,6 +216,8 @@ def test_earlier_rows_are_read_again(tmp_path):
         {"parameters": "many"},
         {"report": good["report"] | {"per_frame": {"ssim": ["high"]}}},
         {"report": good["report"] | {"per_frame": {"ssim": 1}}},
+        {"report": good["report"] | {"mean": None}},
+        {"report": good["report"] | {"mean": {"ssim": "high"}}},
         {"more": 1},
     ):
         path.write_text(json.dumps({"table": "mspn-5", "measured": [good | wrong]}))
