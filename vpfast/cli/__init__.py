@@ -146,8 +146,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="vpfast",
         description="Fast video prediction in PyTorch.",
-        epilog=f"commands:\n{listing}\n\n`vpfast COMMAND --help` explains one. VPFAST_TRACEBACK=1 in the environment "
-        "shows where an error came from.",
+        epilog=f"commands:\n{listing}\n\n`vpfast COMMAND --help` explains one. Exit status: 0 done, 1 failed on the "
+        "way, 2 cannot be\nserved as asked. VPFAST_TRACEBACK=1 in the environment shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
