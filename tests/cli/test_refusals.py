@@ -177,3 +177,9 @@ def test_demo_speaks_as_the_other_commands_do(capsys):
         said = capsys.readouterr().err
         assert said.startswith("vpfast: ")
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["out", "strip"])
+def test_a_name_that_is_empty_is_no_name_left_out(refused, weights, option):
+    said = refused("evaluate", "--weights", weights, f"--{option}=")
+    assert said == f"vpfast: {option}: '' given, must be the name of a file\n"

@@ -53,6 +53,8 @@ def _check_files(values: dict[str, Any]) -> None:
     if values["strip_clip"] < 0:
         raise ValueError(f"strip_clip: {values['strip_clip']} given, must be at least 0")
     for key in ("out", "strip"):
+        if values[key] == "":
+            raise ValueError(f"{key}: '' given, must be the name of a file")
         if values[key]:
             check_out_file(Path(values[key]), force=True, option=key)
     if values["strip"] and Path(values["strip"]).suffix.lower() != ".png":
