@@ -2,6 +2,7 @@
 #   make demo   train two small networks, predict, look at the result (MNIST=FOLDER: its digits, not scikit-learn's)
 #   make test   the whole test suite
 #   make bad-commands   a thousand bad requests to the command line (VPFAST_BAD_COMMANDS_SEED: others)
+#   make asan   the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer;  make tsan   under ThreadSanitizer
 #   make docs   the pages, into build/site
 #   make install-matrix PYTHONS="..."   one wheel, installed and run by each of these interpreters and their torch
 #   make gpu-check   on a machine with a GPU: build, tests, benchmarks in ten minutes, with the packages of PYTHON, no network
@@ -19,7 +20,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f)
 
-.PHONY: demo test bad-commands docs lint format bench gpu-check resources install-matrix soak clean
+.PHONY: demo test asan tsan bad-commands docs lint format bench gpu-check resources install-matrix soak clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m vpfast.cli.demo --out demo $(if $(MNIST),--mnist '$(MNIST)')
@@ -30,6 +31,10 @@ test: $(VENV)/installed-dev
 
 bad-commands: $(VENV)/installed-dev
 	VPFAST_BAD_COMMANDS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/cli/test_bad_commands.py
+
+# A small part of both is in tests/native/test_instruments.py.
+asan tsan: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/native/instruments.py $(if $(filter asan,$@),address,thread)
 
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

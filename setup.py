@@ -4,6 +4,9 @@ VPFAST_BUILD=auto (the default) compiles CPU and CUDA kernels where a working nv
 kernels where only a C++ compiler is, nothing where neither is. =cpu, =cuda and =none insist. The decision and its
 reason are printed (pip shows them with -v) and kept in vpfast/_build.json for `vpfast doctor`.
 
+VPFAST_INSTRUMENT=address (AddressSanitizer and UndefinedBehaviorSanitizer) or =thread (ThreadSanitizer) compiles CPU
+kernels that tell of their errors; tests/native/instruments.py builds and runs them.
+
 The extension keeps to LibTorch's stable ABI: one binary serves every torch from 2.11 on, CPU and CUDA builds alike.
 """
 
@@ -28,6 +31,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 CHOICES = ("auto", "cpu", "cuda", "none")
+# Python's own flags may have signed numbers wrap around, and check some calls in a way that instruments do not see.
+_LOOKED_AT = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-U_FORTIFY_SOURCE"]
+INSTRUMENTS = {
+    # Left out is what would look at every pointer again: three times the compiler's time, and AddressSanitizer looks.
+    "address": [
+        *_LOOKED_AT,
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,alignment,object-size,vptr",
+        "-fno-sanitize-recover=all",
+    ],
+    "thread": [*_LOOKED_AT, "-fsanitize=thread"],
+}
+INSTRUMENT_SOURCES = {
+    "address": ["csrc/instruments/planted.cpp"],
+    "thread": ["csrc/instruments/planted.cpp", "csrc/instruments/threads.cpp"],
+}
 CHECKOUT_ONLY = {("vpfast.benchmarks", "gpu_check"), ("vpfast.benchmarks", "resources")}
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 # Ampere, Ada, Hopper, Blackwell; and PTX of the last, for what comes after.
@@ -43,6 +62,7 @@ class Decision:
     nvcc: str | None = None
     architectures: str = ""
     torch: str | None = None
+    instrument: str | None = None
 
 
 def refuse(message: str) -> None:
@@ -97,6 +117,12 @@ def decide() -> Decision:
     requested = os.environ.get("VPFAST_BUILD", "auto")
     if requested not in CHOICES:
         refuse(f"VPFAST_BUILD={requested!r} is unknown; choose one of {', '.join(CHOICES)}")
+    instrument = os.environ.get("VPFAST_INSTRUMENT") or None
+    if instrument and (instrument not in INSTRUMENTS or requested != "cpu"):
+        refuse(
+            f"VPFAST_INSTRUMENT={instrument!r} with VPFAST_BUILD={requested}: choose one of {', '.join(INSTRUMENTS)}, "
+            "with VPFAST_BUILD=cpu"
+        )
     if requested == "none":
         return Decision(requested, "none", "VPFAST_BUILD=none")
 
@@ -106,7 +132,7 @@ def decide() -> Decision:
             refuse(f"VPFAST_BUILD={requested}, but {no_cxx}. Install one (Debian, Ubuntu: apt install g++)")
         return Decision(requested, "none", no_cxx)
     if requested == "cpu":
-        return Decision(requested, "cpu", "VPFAST_BUILD=cpu", cxx)
+        return Decision(requested, "cpu", "VPFAST_BUILD=cpu", cxx, instrument=instrument)
 
     nvcc, no_nvcc = find_nvcc()
     if nvcc is None:
@@ -201,9 +227,15 @@ def extension(decision: Decision) -> Extension:
         }
     # pybind11's own headers come first: the copy inside some torch releases refuses TORCH_TARGET_VERSION.
     settings["include_dirs"] = [pybind11.get_include(), os.path.abspath("csrc"), *settings.get("include_dirs", [])]
+    optimization = ["-O3", "-g0"]
+    if decision.instrument:
+        optimization = INSTRUMENTS[decision.instrument]
+        sources += INSTRUMENT_SOURCES[decision.instrument]
+        macros.append(("VPFAST_INSTRUMENT", f'"{decision.instrument}"'))
+        # What is defined here is taken before what torch has under the same name.
+        settings["extra_link_args"] = [*optimization, "-Wl,-Bsymbolic-functions"]
     cxx_flags = [
-        "-O3",
-        "-g0",
+        *optimization,
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-psabi",

@@ -22,6 +22,11 @@ py::dict build_info() {
   info["cuda"] = py::none();
   info["cuda_architectures"] = "";
 #endif
+#if defined(VPFAST_INSTRUMENT)
+  info["instrument"] = VPFAST_INSTRUMENT;
+#else
+  info["instrument"] = "";
+#endif
   return info;
 }
 

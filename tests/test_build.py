@@ -74,6 +74,13 @@ def test_unknown_choice_is_refused(tree):
     assert "VPFAST_BUILD='gpu' is unknown; choose one of auto, cpu, cuda, none" in done.stderr
 
 
+@pytest.mark.parametrize(("instrument", "built"), [("leaks", "cpu"), ("thread", "auto")])
+def test_an_instrument_is_for_the_cpu_and_known(tree, instrument, built):
+    done = build(tree, VPFAST_BUILD=built, VPFAST_INSTRUMENT=instrument)
+    assert done.returncode != 0
+    assert f"VPFAST_INSTRUMENT='{instrument}' with VPFAST_BUILD={built}: choose one of address, thread" in done.stderr
+
+
 def test_without_a_compiler(tree, tmp_path):
     (tmp_path / "empty").mkdir()
     hidden = {"PATH": str(tmp_path / "empty"), "CXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}

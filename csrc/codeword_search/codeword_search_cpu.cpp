@@ -36,6 +36,7 @@
 #include "codeword_search/codeword_search_tree.h"
 #include "common/aligned.h"
 #include "common/isa.h"
+#include "instruments/seen.h"
 
 namespace vpfast {
 

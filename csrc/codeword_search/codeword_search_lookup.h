@@ -201,7 +201,10 @@ VPFAST_INLINE void transpose(const float* rows, int64_t dim, __m512* components)
   }
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)dim));
-  for (; d < dim; ++d) components[d] = _mm512_i32gather_ps(offset, rows + d, 4);
+  for (; d < dim; ++d) {
+    seen_read(rows + d, 16, 4 * dim, 4);
+    components[d] = _mm512_i32gather_ps(offset, rows + d, 4);
+  }
 }
 
 // Puts right the codes that the scan of a layer was not sure of.

@@ -8,17 +8,24 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "instruments/seen.h"
 
 #if defined(VPFAST_HAS_X86_ISAS)
 
 #define VPFAST_TILE_ZERO(c) asm volatile("tilezero %%tmm" #c::: "memory")
-#define VPFAST_TILE_LOAD(c, from, bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #c::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory")
+#define VPFAST_TILE_LOAD(c, from, bytes) VPFAST_TILE_READ("tileloadd", c, from, bytes)
 // The same, of what is not soon read again: it takes no room in the L1 cache.
-#define VPFAST_TILE_PASS(c, from, bytes) \
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #c::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory")
-#define VPFAST_TILE_STORE(c, to, bytes) \
-  asm volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(bytes)) : "memory")
+#define VPFAST_TILE_PASS(c, from, bytes) VPFAST_TILE_READ("tileloaddt1", c, from, bytes)
+#define VPFAST_TILE_READ(instruction, c, from, bytes)                                                         \
+  do {                                                                                                        \
+    vpfast::seen_read(from, 16, bytes, 64);                                                                   \
+    asm volatile(instruction " (%0,%1,1), %%tmm" #c::"r"(from), "r"(static_cast<int64_t>(bytes)) : "memory"); \
+  } while (false)
+#define VPFAST_TILE_STORE(c, to, bytes)                                                                       \
+  do {                                                                                                        \
+    asm volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(bytes)) : "memory"); \
+    vpfast::seen_written(to, 16, bytes, 64);                                                                  \
+  } while (false)
 #define VPFAST_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
 namespace vpfast {

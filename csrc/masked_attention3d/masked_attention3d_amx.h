@@ -98,12 +98,14 @@ struct Columns {
     inside = static_cast<__mmask16>((1u << most(0, least(16, dim - first))) - 1);
   }
   VPFAST_INLINE F32 of(int64_t row) const {
+    if (row < count) seen_read(rows + row * dim, 1, 0, 4 * __builtin_popcount(inside));
     return {(FloatLanes)_mm512_maskz_loadu_ps(row < count ? inside : __mmask16(0), rows + row * dim)};
   }
 };
 
 VPFAST_INLINE void store_components(float* to, F32 x, int64_t left) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << least(16, left)) - 1), (__m512)x.v);
+  seen_written(to, 1, 0, 4 * least(16, left));
 }
 
 VPFAST_INLINE void turn_tile(uint16_t* tile) {

@@ -231,6 +231,7 @@ void gather(const Gather& c, const Worker& w) {
         char* pixel = to + offset<pieces>(c.to, k / kChunk, image, y, x) + 2 * (k % kChunk);
         const int64_t left = std::clamp<int64_t>(taken - k, 0, kLine);
         const __mmask16 some = static_cast<__mmask16>((1 << left) - 1);
+        seen_read(row.data() + x * channels + k, 1, 0, 4 * left);
         store_pieces<pieces>(pixel, c.to.piece, _mm512_maskz_loadu_ps(some, row.data() + x * channels + k));
       }
     }
