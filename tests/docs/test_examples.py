@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from docs_pages import ROOT
 
 from vpfast.models import MSPN, MSPNConfig, load, save
 from vpfast.training import DataConfig, TrainConfig
-from vpfast.training.checkpoint import write_weights
+from vpfast.training.checkpoint import read_training, write_weights
 from vpfast.visual import write_mp4
 
 HORIZON = 2
@@ -92,7 +93,7 @@ def test_publish_model(tmp_path):
     pytest.importorskip("sklearn", reason="needs scikit-learn's digits: pip install 'vpfast[demo]'")
     torch.manual_seed(0)
     model = MSPN(MSPNConfig.preset("compact"))
-    config = TrainConfig(data=DataConfig(size=32, digits=1, digit_size=20), seed=7)
+    config = TrainConfig(out=str(tmp_path), data=DataConfig(size=32, digits=1, digit_size=20), seed=7)
     write_weights(tmp_path / "run" / "weights", model, config)
     (tmp_path / "run" / "log.jsonl").write_text("{}\n" * 12)
     told = run(
@@ -107,5 +108,6 @@ def test_publish_model(tmp_path):
     assert "```\nvpfast train --out run\n```\n\nSeed 7, 12 steps, torch" in card
     assert "A minute.\n\n## Quality\n\n3 clips of the test split, 2 frames from 2, protocol `default`:" in card
     assert "| repeat last frame | 0." in card
+    assert read_training(tmp_path / "shared") == replace(config, out="runs/shared")
     loaded = MSPN.from_pretrained(tmp_path / "shared").state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
