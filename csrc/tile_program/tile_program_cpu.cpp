@@ -89,7 +89,7 @@ void tile_program(Tensor program, Tensor arena, Tensor state, Tensor weights, Te
   STD_TORCH_CHECK(tiles_are_active(),
                   "tile_program: this processor, or the instruction set selected, has no matrix tiles");
   STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous(),
-                  "tile_program: a program is int64");
+                  "tile_program: a program is contiguous int64");
   Bases bases;
   for (const Tensor& tensor : {arena, state, weights, frame}) {
     STD_TORCH_CHECK(tensor.is_contiguous(), "tile_program: memory must be contiguous");

@@ -1,5 +1,7 @@
 """MSPN by the compiled step on matrix tiles, and what stands in for it elsewhere: exact as promised, and a drop-in."""
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,6 +204,24 @@ def test_many_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_tiles
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_a_thread_predicts_predicts_too() -> None:
+    model, fast = _pair()
+    frames, threads = clip(model), torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP has no threads in a forked child
+    try:
+        expected = fast.predict(frames, 1)
+        with fast._lock:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                os._exit(0 if torch.equal(fast.predict(frames, 1), expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 @all_variants

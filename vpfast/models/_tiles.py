@@ -6,6 +6,9 @@ them in which order. The weights are brought into the order of tiles before, for
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -221,6 +224,35 @@ class Code:
         sum_fields = (weights.outputs, weights.bias, weights.floats, len(inputs))
         header = (*inputs[0].size, activation, target, *fields, *relu, *sum_fields)
         self.emit(Opcode.CONVOLVE, *header, *parts)
+
+
+class Turn:
+    """A lock around a working memory. A child that is forked while another thread has it finds it open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        _TURNS.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+
+
+_TURNS: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+def _renew_turns() -> None:
+    for turn in _TURNS:
+        turn.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_turns)
 
 
 def room(count: int) -> Tensor:

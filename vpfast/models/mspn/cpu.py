@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vpfast.models._frames import check_count, check_frames, check_size
-from vpfast.models._tiles import Size, room
+from vpfast.models._tiles import Size, Turn, room
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, MSPNState
 from vpfast.models.mspn.program import MSPNWeights, Program
@@ -65,7 +64,7 @@ class TiledMSPN:
         self._pieces = 1 if half else _PIECES[torch.get_float32_matmul_precision()]
         self._weights = MSPNWeights(model, self._pieces)
         self._programs: dict[Size, tuple[Program, Tensor]] = {}
-        self._lock = threading.Lock()
+        self._lock = Turn()
 
     @torch.no_grad()
     def predict(self, frames: Tensor, horizon: int) -> Tensor:

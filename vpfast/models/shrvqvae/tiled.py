@@ -8,7 +8,6 @@ many pixels. Every map has the height and width of the latent then.
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from vpfast.models._tiles import (
     Size,
     Sum,
     Target,
+    Turn,
     Weights,
     room,
     whole,
@@ -61,7 +61,7 @@ class TiledEncoder:
         self._weights = weights.finish()
         self._channels, self._multiple = first.in_channels, 2 ** len(strided)
         self._programs: dict[tuple[Size, float], _Program] = {}
-        self._lock = threading.Lock()
+        self._lock = Turn()
 
     def latent(self, frames: Tensor, gain: float) -> Tensor:
         """The encoder's map of ``(frames - 0.5) * gain``, float32 (N, C, H, W) -> (N, D, H / m, W / m)."""
