@@ -317,7 +317,7 @@ def _of_clips(things: Things) -> Iterator[Command]:
 def _data_wrong(things: Things, multiple: int) -> dict[str, Draw]:
     return {
         "kind": one_of("", "videos", "null", "3", "prepared"),
-        "root": one_of("/nowhere", things.table, "null"),
+        "root": one_of("/nowhere", things.table),
         "size": listed_size(f"[{multiple + 1}, {multiple}]", "[16, 100000]", multiple * 10**5, 2**70),
         "fit": choice,
         "channels": one_of(*_NO_WHOLE, 0, 2, 3, 4),

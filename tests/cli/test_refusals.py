@@ -183,3 +183,8 @@ def test_demo_speaks_as_the_other_commands_do(capsys):
 def test_a_name_that_is_empty_is_no_name_left_out(refused, weights, option):
     said = refused("evaluate", "--weights", weights, f"--{option}=")
     assert said == f"vpfast: {option}: '' given, must be the name of a file\n"
+
+
+def test_processes_have_an_end(refused, tmp_path):
+    said = refused("data", "prepare", "folder", "--src", tmp_path, "--out", tmp_path / "set", "--workers", 10**30)
+    assert "must be at most 4096" in said

@@ -218,6 +218,7 @@ def test_earlier_rows_are_read_again(tmp_path):
         {"report": good["report"] | {"per_frame": {"ssim": 1}}},
         {"report": good["report"] | {"mean": None}},
         {"report": good["report"] | {"mean": {"ssim": "high"}}},
+        {"part": "nowhere"},
         {"more": 1},
     ):
         path.write_text(json.dumps({"table": "mspn-5", "measured": [good | wrong]}))

@@ -15,10 +15,15 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+_MOST = 4096
+
+
 def check_workers(workers: int) -> None:
     """Raise ValueError where there can be no such number of them."""
     if workers < 0:
         raise ValueError(f"workers: {workers} given, must be at least 0")
+    if workers > _MOST:
+        raise ValueError(f"workers: {workers} given, must be at most {_MOST}")
 
 
 def in_parallel(

@@ -105,6 +105,8 @@ def _entry(values: dict[str, Any], table: Table) -> Entry:
     fine = all(isinstance(each, str) for each in texts) and all(isinstance(each, int | float) for each in numbers)
     if not fine or not isinstance(entry.parameters, int | None):
         raise TypeError("a text or a number is something else")
+    if entry.part not in [part.key for part in table.parts]:
+        raise ValueError(f"part {entry.part!r} is none of {table.name}")
     if 1 + len(table.lines[0].labels) + len(entry.labels) != len(table.labels):
         raise ValueError(f"labels {entry.labels} do not fill {table.labels}")
     return entry
