@@ -206,7 +206,7 @@ def test_the_extension_holds_the_architectures_it_was_built_for():
 # All in torch 2.11. TORCH_TARGET_VERSION keeps later functions from a build by a later torch, but no macro and no file.
 MACROS = {
     *("STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK"),
-    *("TORCH_BOX", "TORCH_ERROR_CODE_CHECK", "TORCH_TARGET_VERSION"),
+    *("AOTI_TORCH_SUCCESS", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK", "TORCH_TARGET_VERSION"),
 }
 HEADERS = {
     *(
