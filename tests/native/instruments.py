@@ -61,9 +61,9 @@ INSTRUMENTS = {
         "address",
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        # Not those that measure memory, which is the instrument's here, and not those that compile, whose compiler
-        # knows nothing of it.
-        "not memory_beyond and not compile and not export",
+        # Not those that measure memory, which is the instrument's here; not those that compile, whose compiler knows
+        # nothing of it; not one of the last bits, for which the compiler must fuse products.
+        "not memory_beyond and not compile and not export and not keep_relative_accuracy",
     ),
     "thread": Instrument(
         "thread",
