@@ -48,6 +48,8 @@ PLANTED = {
 
 OPS, MODELS = "tests/ops/test_{}.py::test_{}", "tests/models/test_{}.py::test_{}"
 _RASTER = [f"{isa}-Mask3d(name='raster', window=None)" for isa in ("plain", "avx2", "avx512", "amx")]
+_OF_ISAS = ("edlstm_gates", "edlstm_gates_backward", "codeword_search, tree", "codeword_search_train, tree")
+_SHARED = [f"{isa}-{operator}" for isa in ("plain", "avx2", "avx512") for operator in _OF_ISAS]
 _TEAMS = [f"{isa}-{clips}-3" for isa in ("plain", "avx2", "avx512") for clips in (1, 2)]
 SMALL = {
     # Problems of any shape, stride, type, mask and tree.
@@ -62,9 +64,7 @@ SMALL = {
     ],
     # Problems that threads share.
     "thread": [
-        OPS.format("edlstm_gates", "result_does_not_depend_on_threads"),
-        OPS.format("codeword_search", "result_does_not_depend_on_threads"),
-        OPS.format("codeword_search_train", "result_does_not_depend_on_threads"),
+        *(OPS.format("operators", f"no_result_depends_on_the_number_of_threads[{case}]") for case in _SHARED),
         *(OPS.format("masked_attention3d", f"result_does_not_depend_on_threads[{case}]") for case in _RASTER),
         *(MODELS.format("compiled_sampler", f"any_number_of_threads_gives_the_same_codes[{case}]") for case in _TEAMS),
         MODELS.format("mspn_tiles", "the_number_of_threads_changes_nothing[few channels]"),
