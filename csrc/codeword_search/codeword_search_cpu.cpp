@@ -122,7 +122,9 @@ Call plan(const std::vector<Tensor>& codebooks, int64_t vectors, int64_t dim, bo
                     "codeword_search: more than 2^31 codewords in a layer");
     STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) == rows && codebook.size(1) == dim,
                     "codeword_search: layer ", layer + 1, " must be (", rows, ", ", dim, ")");
-    call.kept.push_back(torch::stable::contiguous(torch::stable::to(codebook, kType<W>)));
+    // Either is a call of torch, dear beside a small search, where it has nothing to do.
+    const bool as_needed = codebook.scalar_type() == kType<W> && codebook.is_contiguous();
+    call.kept.push_back(as_needed ? codebook : torch::stable::contiguous(torch::stable::to(codebook, kType<W>)));
     p.rows[layer] = call.kept.back().const_data_ptr();
     p.first_row[layer] = call.rows;
     call.rows += rows;
@@ -322,13 +324,12 @@ std::tuple<Tensor, Tensor> search(const Tensor& z, const std::vector<Tensor>& co
   Tensor indices = torch::stable::empty({p.vectors, p.layers}, ScalarType::Long);
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  p.quantized = quantized.mutable_data_ptr();
   prepare_search<W>(call);
   const AlignedVector<W> leaf_sums = sum_leaves<W>(p);
-  Pass<W> outputs{};
-  outputs.quantized = quantized.mutable_data_ptr();
   torch::stable::parallel_for(0, groups(p.vectors), grain(p), [&](int64_t begin, int64_t end) {
     Walk<T, W> walk(p, call.isa);
-    Pass<W> pass = outputs;
+    Pass<W> pass{};
     for (int64_t group = begin; group < end; ++group) {
       walk.search(group);
       walk.take(Step::add_codewords, pass);
@@ -349,11 +350,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& z, const 
   Tensor sums = torch::stable::empty({call.rows, p.dim}, kType<W>);
   read_from(p, z);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  p.quantized = quantized.mutable_data_ptr();
   prepare_search<W>(call);
   const AlignedVector<W> leaf_sums = sum_leaves<W>(p);
-  Pass<W> outputs{};
-  outputs.quantized = quantized.mutable_data_ptr();
-  Sums found = collect_sums<T>(call, outputs, Step::measure, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
+  Sums found = collect_sums<T>(call, Pass<W>{}, Step::measure, [](Walk<T, W>& walk, int64_t group, Pass<W>& pass) {
     walk.search(group);
     walk.take(Step::add_codewords, pass);
     walk.take(Step::measure, pass);

@@ -6,6 +6,9 @@
 // turns sixteen such registers around step by step, four vectors first, and ranks codewords against each other
 // wherever two that compete stand in the same lane, so that half is left to turn.
 //
+// Beside the arithmetic the cache lines that are wanted next are fetched, a few at a time: in the first layer the next
+// group's vectors, in the last the lines that the group's results go to.
+//
 // Scores are of z itself, with the path's part in the bias: see uncertainty(). The code of a score is kept in its
 // lowest three bits. That changes it by less than 8 units in the last place, 16 u, as much as kMarkRoundings more
 // roundings do.
@@ -72,6 +75,32 @@ VPFAST_INLINE Ranked rank_eight(const float* z, const float* codebooks, const ui
   return rank_quarters<0x44, 0xee>(rank_pairs(score), rank_pairs(score + 4));
 }
 
+// What a layer fetches for each vector: `bytes` from `start`, which is for the first of the group. It may lie outside
+// every array, where nothing is fetched.
+struct Wanted {
+  uintptr_t start;
+  int64_t bytes;
+
+  VPFAST_INLINE void fetch_sixteen(int64_t first) const {
+    const uintptr_t from = start + static_cast<uintptr_t>(first * bytes);
+    for (int64_t byte = 0; byte < 16 * bytes; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(byte)));
+    }
+  }
+};
+
+template <class T>
+VPFAST_INLINE Wanted wanted(const Problem& p, const Group& group, int64_t layer) {
+  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T)), code_bytes = p.layers * 8;
+  const auto at = [](const void* memory, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes);
+  };
+  if (layer == 0) return {at(p.z, (group.first + kGroup) * row_bytes), is_dense(p) ? row_bytes : 0};
+  if (layer + 1 == p.layers) return {at(p.quantized, group.first * row_bytes), row_bytes};
+  if (layer + 2 == p.layers) return {at(p.indices, group.first * code_bytes), code_bytes};
+  return {0, 0};
+}
+
 template <class T, int known_pairs, bool below_parents>
 void scan_layer_by_eights(const Problem& p, Group& group, int64_t layer, double* scratch) {
   const int32_t* parents = below_parents ? group.rows + (layer - 1) * kGroup : nullptr;
@@ -80,7 +109,9 @@ void scan_layer_by_eights(const Problem& p, Group& group, int64_t layer, double*
   const __m512i size = _mm512_set1_epi32((int)p.codebook_size);
   alignas(64) uint32_t offsets[kGroup];
   for (int64_t v = 0; below_parents && v < kGroup; ++v) offsets[v] = static_cast<uint32_t>(parents[v]) * codebook_bytes;
+  const Wanted soon = wanted<T>(p, group, layer);
   for (int64_t start = 0; start < kGroup; start += 16) {
+    soon.fetch_sixteen(start);
     Ranked half[2];
     for (int64_t k = 0; k < 2; ++k) {
       const int64_t v = start + 8 * k;

@@ -110,7 +110,7 @@ template <class T, class W, int D>
 void add_codewords(const Problem& p, Pass<W>& pass, int64_t first, int64_t count, const int32_t* rows, W* memory) {
   const int64_t dim = D ? D : p.dim;
   const bool finite = pass.all_finite || all_finite<T>(p, first, count);
-  T* quantized = static_cast<T*>(pass.quantized) + first * dim;
+  T* quantized = static_cast<T*>(p.quantized) + first * dim;
   Row<W, D> sum(memory, dim), z(memory + dim, dim);
   for (int64_t v = 0; v < count; ++v) {
     if (p.leaf_sums) {

@@ -13,11 +13,19 @@
 
 namespace vpfast {
 
-inline double squared_length(const float* x, int64_t dim) {
-  double sum = 0;
-  for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(x[d]) * x[d];
-  return sum;
+// Four chains of additions, which the processor overlaps.
+template <class X>
+double product(const X* x, const float* y, int64_t dim) {
+  double sums[4] = {};
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4) {
+    for (int k = 0; k < 4; ++k) sums[k] += static_cast<double>(x[d + k]) * y[d + k];
+  }
+  for (; d < dim; ++d) sums[0] += static_cast<double>(x[d]) * y[d];
+  return sums[0] + sums[1] + sums[2] + sums[3];
 }
+
+inline double squared_length(const float* x, int64_t dim) { return product(x, x, dim); }
 
 // The bias of a codeword that never wins. Its components are laid out as zeros, for the score to be this one.
 constexpr float kNeverWins = -std::numeric_limits<float>::infinity();
@@ -178,29 +186,25 @@ inline PackedEights pack_eights(Problem& p) {
   packed.codebooks.resize(p.layers);
   const int64_t stride = eight_size(p);
   int64_t parents = 1;
-  std::vector<double> paths(p.dim), above;  // by parent the sum of codewords that leads to it
+  std::vector<double> paths(p.dim), above;  // by row the sum of codewords that leads to it, itself included
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     AlignedVector<float>& codebooks = packed.codebooks[layer];
     codebooks.resize(parents * stride);
     above.swap(paths);
-    paths.resize(parents * p.codebook_size * p.dim);
-    for (int64_t row = 0; row < parents * p.codebook_size; ++row) {
-      const int64_t parent = row / p.codebook_size, code = row % p.codebook_size;
-      const float* codeword = static_cast<const float*>(p.rows[layer]) + row * p.dim;
-      float* entry = codebooks.data() + parent * stride + 2 * code;
-      const double square = squared_length(codeword, p.dim);
-      double bias = square / 2;
-      for (int64_t d = 0; d < p.dim; ++d) {
-        const double path = above[parent * p.dim + d];
-        paths[row * p.dim + d] = path + codeword[d];
-        bias += path * codeword[d];
+    const bool leads_on = layer + 1 < p.layers;
+    paths.resize(leads_on ? parents * p.codebook_size * p.dim : 0);
+    const float* codeword = static_cast<const float*>(p.rows[layer]);
+    for (int64_t parent = 0, row = 0; parent < parents; ++parent) {
+      float* codebook = codebooks.data() + parent * stride;
+      const double* path = above.data() + parent * p.dim;
+      for (int64_t code = 0; code < 8; ++code) codebook[2 * code] = never_wins;
+      for (int64_t code = 0; code < p.codebook_size; ++code, ++row, codeword += p.dim) {
+        for (int64_t d = 0; leads_on && d < p.dim; ++d) paths[row * p.dim + d] = path[d] + codeword[d];
+        const double bias = squared_length(codeword, p.dim) / 2 + product(path, codeword, p.dim);
+        if (!std::isfinite(bias)) continue;
+        codebook[2 * code] = static_cast<float>(-bias);
+        for (int64_t d = 0; d < p.dim; ++d) codebook[16 * (1 + d / 2) + 2 * code + d % 2] = codeword[d];
       }
-      const bool finite = std::isfinite(square);
-      entry[0] = finite ? static_cast<float>(-bias) : never_wins;
-      for (int64_t d = 0; finite && d < p.dim; ++d) entry[16 * (1 + d / 2) + d % 2] = codeword[d];
-    }
-    for (int64_t missing = p.codebook_size; missing < 8; ++missing) {
-      for (int64_t parent = 0; parent < parents; ++parent) codebooks[parent * stride + 2 * missing] = never_wins;
     }
     p.eights.codebooks[layer] = codebooks.data();
     parents *= p.codebook_size;

@@ -57,6 +57,7 @@ struct Problem {
   bool by_eights;  // all layers are scanned by eights, and neither panels nor lookups are laid out
   Eights eights;
   int64_t* indices;  // (vectors, layers)
+  void* quantized;   // (vectors, dim), where it is wanted
 };
 
 // Where sums over vectors are collected: rows [least, end), in the order of the vectors.
@@ -75,7 +76,6 @@ enum class Step { add_codewords, measure, differentiate, scatter };
 // What a step reads and writes; null where it does not.
 template <class W>
 struct Pass {
-  void* quantized;             // (vectors, dim)
   double* errors;              // (layers,), added to
   const void* grad_quantized;  // (vectors, dim)
   int64_t grad_row, grad_column;
