@@ -175,14 +175,37 @@ def test_an_extension_that_does_not_load_is_told(plain_wheel, tmp_path):
     assert f"the compiled extension does not load ({package / f'_C{SUFFIX}'}: " in done.stderr.splitlines()[-1]
 
 
+MISSING = (
+    f"{install_matrix.WITHOUT_TORCH}: pip install torch, or pip install torch --index-url "
+    "https://download.pytorch.org/whl/cpu for a build without CUDA"
+)
+
+
 def test_without_torch_the_import_says_what_to_install(bare, tmp_path):
-    for command in (["-c", "import vpfast"], ["-c", "from vpfast.nn import EDLSTMCell"], ["-m", "vpfast", "doctor"]):
-        done = run([bare, *command], tmp_path)
+    for code in ("import vpfast", "from vpfast.nn import EDLSTMCell"):
+        done = run([bare, "-c", code], tmp_path)
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == (
-            f"ModuleNotFoundError: {install_matrix.WITHOUT_TORCH}: pip install torch, or pip install torch --index-url "
-            "https://download.pytorch.org/whl/cpu for a build without CUDA"
-        )
+        assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {MISSING}"
+
+
+def test_without_torch_the_command_line_says_so_in_one_line(bare, tmp_path):
+    command = bare.with_name("vpfast")
+    for words in ([command, "doctor"], [command], [bare, "-m", "vpfast", "--help"], [bare, "-m", "vpfast.cli.demo"]):
+        done = run(words, tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"vpfast: {MISSING}\n")
+    told = run([command, "doctor"], tmp_path, PYTHONPATH=str(old_torch(tmp_path / "old")))
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert told.stderr.startswith("vpfast: vpfast needs torch 2.11 or later, found 2.10.1+cpu: ")
+    shown = run([command, "doctor"], tmp_path, VPFAST_TRACEBACK="1")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+
+
+def test_without_torch_another_program_gets_the_error(bare, tmp_path):
+    """Also one that is run as a module, or is given the word vpfast."""
+    (tmp_path / "other.py").write_text("try:\n    import vpfast\nexcept ModuleNotFoundError:\n    print('caught')\n")
+    for words in (["other.py", "vpfast"], ["-m", "other", "-m", "vpfast"]):
+        assert run([bare, *words], tmp_path).stdout == "caught\n"
 
 
 def test_a_torch_that_is_too_old_is_named(bare, tmp_path):
