@@ -9,8 +9,6 @@ The models that come with vpfast were made so.
 """
 
 import argparse
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +17,6 @@ from torch import nn
 from vpfast.models import HRVQVAE, MSPN, SHRVQVAE
 from vpfast.training import TrainConfig, checkpoint
 from vpfast.training.clips import dataset
-from vpfast.training.config import to_dict
 from vpfast.training.evaluation import evaluate
 from vpfast.training.recipes import recipe_of
 
@@ -68,8 +65,6 @@ def main() -> None:
     texts["training"] = training(config, asked.run, asked.command, asked.took)
     texts["quality"] = quality(model, config, asked.context, asked.horizon, asked.clips)
     model.save_pretrained(asked.out, model_card_kwargs=texts)
-    elsewhere = replace(config, out=f"runs/{asked.out.name}")  # where it lies on this machine concerns nobody
-    (asked.out / "training.json").write_text(json.dumps(to_dict(elsewhere), indent=2) + "\n")
     print(f"{asked.out}: {', '.join(sorted(path.name for path in asked.out.iterdir()))}")
 
 

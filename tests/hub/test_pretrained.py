@@ -71,6 +71,71 @@ def test_another_class_is_refused_by_name(tmp_path):
         MSPN.from_pretrained(tmp_path)
 
 
+# -- how it was trained ------------------------------------------------------------------------------------------------
+
+TOLD = {"seed": 7, "out": "/home/me/runs/one", "data": {"root": "/data/kth/", "train": {"include": ["/a/b", "c/*"]}}}
+KEPT = {"seed": 7, "out": "one", "data": {"root": "kth", "train": {"include": ["b", "c/*"]}}}
+
+
+@pytest.fixture
+def trained(model, tmp_path):
+    """The folder of weights that tell how they were trained."""
+    save(model, tmp_path / "trained")
+    (tmp_path / "trained" / "training.json").write_text(json.dumps(TOLD))
+    return tmp_path / "trained"
+
+
+def test_how_it_was_trained_goes_with_it(model, trained, tmp_path):
+    """But for where things lay; also by way of a folder that it was shared in."""
+    loaded = type(model).from_pretrained(trained)
+    loaded.save_pretrained(tmp_path / "shared")
+    assert json.loads((tmp_path / "shared" / "training.json").read_text()) == KEPT
+    assert "## Training\n\nThe configuration of the run" in (tmp_path / "shared" / "README.md").read_text()
+    load(tmp_path / "shared").save_pretrained(tmp_path / "again", model_card_kwargs={"training": "A week."})
+    assert json.loads((tmp_path / "again" / "training.json").read_text()) == KEPT
+    assert "## Training\n\nA week.\n" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_model_that_was_trained_on_does_not_tell_of_the_run_before(trained, tmp_path):
+    changed = load(trained)
+    with torch.no_grad():
+        next(changed.parameters()).flatten()[0] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    load(trained).double().save_pretrained(tmp_path / "of another type")
+    overwritten = load(trained)
+    save(changed, trained)
+    overwritten.save_pretrained(tmp_path / "overwritten")
+    for name in ("changed", "of another type", "overwritten"):
+        assert (tmp_path / name / "config.json").exists()
+        assert not (tmp_path / name / "training.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "", "{"])
+def test_a_damaged_tale_is_left_where_it_is(trained, tmp_path, text):
+    (trained / "training.json").write_text(text)
+    load(trained).save_pretrained(tmp_path / "shared")
+    assert not (tmp_path / "shared" / "training.json").exists()
+
+
+def test_how_it_was_trained_is_pushed(hub, model, trained, monkeypatch):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **given):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, folder_path, **given):
+            pushed.update(json.loads((Path(folder_path) / "training.json").read_text()))
+            return "https://example.org/commit"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    type(model).from_pretrained(trained).push_to_hub("me/name")
+    assert pushed == KEPT
+
+
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 

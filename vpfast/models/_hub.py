@@ -8,6 +8,7 @@ is needed for what is not on this machine alone.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vpfast.models._card import model_card
-from vpfast.models.storage import CONFIG, WEIGHTS, as_files, folder_of, load, pretrained, write
+from vpfast.models.storage import CONFIG, TRAINING, WEIGHTS, as_files, folder_of, load, pretrained, training_of, write
 
 CARD = "README.md"
-_FILES = (CONFIG, WEIGHTS, CARD, "training.json")
+_FILES = (CONFIG, WEIGHTS, CARD, TRAINING)
+_TRAINED = f"The configuration of the run that made these weights is in `{TRAINING}`."
 
 _TEXTS = ("name", "license", "about", "training", "quality")
 
@@ -35,6 +37,10 @@ class Pretrained:
     ) -> None:
         """Write what :func:`vpfast.models.save` writes, and a model card, README.md, where there is none yet.
 
+        A model that was loaded from a folder of ``vpfast train``, and is as it was loaded, takes ``training.json`` with
+        it: how it was trained, and so on which clips ``vpfast evaluate`` measures it. Of absolute paths in it only the
+        last part is kept. Where that is not known no ``training.json`` is written.
+
         Args:
             save_directory: the folder, made where it is missing; other files in it are left alone.
             model_card_kwargs: texts of the card: ``name``, what ``from_pretrained`` is to be given (default: the
@@ -48,6 +54,10 @@ class Pretrained:
         folder, model = Path(save_directory), _as_module(self)
         texts = _card_texts(folder.as_posix(), model_card_kwargs)
         contents = as_files(model)
+        trained = training_of(model)
+        if trained is not None:
+            contents[TRAINING] = (json.dumps(trained, indent=2) + "\n").encode()
+            texts = {"training": _TRAINED, **texts}
         if not (folder / CARD).exists():
             contents[CARD] = model_card(model, **texts).encode()
         write(contents, folder)

@@ -20,6 +20,7 @@ from vpfast._files import new_file
 from vpfast._version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINING = "training.json"  # beside them in what ``vpfast train`` writes: the configuration of the run
 PRETRAINED = Path(__file__).parents[1] / "weights"
 
 
@@ -114,7 +115,40 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     _check_state(folder / WEIGHTS, state, model.state_dict())
     _check_types(folder / WEIGHTS, {name: state[name].dtype for name, _ in model.named_parameters()})
     model.load_state_dict(state, assign=True)
+    object.__setattr__(model, "_loaded_from", folder.resolve())
     return model.eval()
+
+
+def training_of(model: nn.Module) -> dict[str, Any] | None:
+    """How ``model`` was trained: what the folder that it was loaded from says of the very same weights.
+
+    None where that is not known: a new model, one that was changed since it was loaded, or a folder that says nothing,
+    is gone, or holds other weights by now. A path from the root of the file system is cut to its last part, for it
+    tells of one machine alone.
+    """
+    folder: Path | None = getattr(model, "_loaded_from", None)
+    if folder is None:
+        return None
+    try:
+        told = json.loads((folder / TRAINING).read_text())
+        state, _ = _read_weights(folder / WEIGHTS)
+    except (OSError, ValueError, RecursionError):
+        return None
+    current = model.state_dict()
+    unchanged = state.keys() == current.keys() and all(_same(state[key], current[key].cpu()) for key in state)
+    return _without_places(told) if unchanged and isinstance(told, dict) else None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and value.startswith("/") else value
 
 
 def pretrained() -> list[str]:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from vpfast import models
 from vpfast._files import new_folder
-from vpfast.models.storage import CONFIG, WEIGHTS, as_files, folder_of
+from vpfast.models.storage import CONFIG, TRAINING, WEIGHTS, as_files, folder_of
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 
-_TRAINING, _STATE, _PROGRESS = "training.json", "state.pt", "checkpoint.json"
-WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, _TRAINING})
+_STATE, _PROGRESS = "state.pt", "checkpoint.json"
+WEIGHTS_FILES = frozenset({CONFIG, WEIGHTS, TRAINING})
 _NAME = re.compile(r"step-(\d{8})")
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,7 +100,7 @@ def write_weights(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in as_files(model).items():
         (folder / name).write_bytes(data)
-    (folder / _TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    (folder / TRAINING).write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read_weights(folder: Path, *kinds: type[M]) -> tuple[M, TrainConfig | None]:
@@ -125,7 +125,7 @@ def read_training(folder: Path) -> TrainConfig | None:
     Raises:
         ValueError: the file that says so is damaged; the message names it.
     """
-    path = weights_of(folder) / _TRAINING
+    path = weights_of(folder) / TRAINING
     if not path.exists():
         return None
     if not path.is_file():
