@@ -1,10 +1,13 @@
 """The models that come with the package: found by name from everywhere, small, and as good as their cards say."""
 
 import math
+import os
 import re
 import shlex
 import shutil
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,8 @@ from vpfast.training.config import from_dict
 from vpfast.training.stages import runs_of
 
 CLASSES = {"mspn-one-digit": MSPN, "shrvqvae-one-digit": SHRVQVAE}
-CLIP = Path(__file__).parents[2] / "assets" / "one-digit.gif"
+ROOT = Path(__file__).parents[2]
+CLIP = ROOT / "assets" / "one-digit.gif"
 CLIPS, CONTEXT, HORIZON = 40, 10, 10
 
 
@@ -72,18 +76,55 @@ def test_what_there_is_is_told(tmp_path):
         train(TrainConfig(out=str(tmp_path / "run"), init="nothing"))
 
 
+def command_of(name):
+    """The words after ``vpfast train`` in the card."""
+    (command,) = re.findall(r"^vpfast train (.*)$", (folder_of(name) / "README.md").read_text(), re.MULTILINE)
+    return shlex.split(command)
+
+
+def options():
+    options = Options("test", "")
+    options.add_config(TrainConfig)
+    return options
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_card_gives_the_command_that_trained_it(name):
     """Of a configuration in the repository, and its seed: what training.json holds, but for where it was written."""
-    card = (folder_of(name) / "README.md").read_text()
-    (command,) = re.findall(r"^vpfast train (.*)$", card, re.MULTILINE)
-    options = Options("test", "")
-    options.add_config(TrainConfig)
-    config = from_dict(TrainConfig, options.parse(shlex.split(command)))
+    config = from_dict(TrainConfig, options().parse(command_of(name)))
     asked, trained = runs_of(config).get("joint", config), checkpoint.read_training(Path(name))
     assert trained is not None
     assert replace(trained, out=asked.out) == asked
-    assert f"Seed {trained.seed}, " in card
+    assert f"Seed {trained.seed}, " in (folder_of(name) / "README.md").read_text()
+
+
+SHORTER = {
+    "mspn-one-digit": ("--steps=2", "--optim.warmup=1", "--batch_size=2", "--context=2", "--horizon=2"),
+    "shrvqvae-one-digit": tuple(
+        f"--stages.{stage}.{key}"
+        for stage in ("autoencoder", "prior", "joint")
+        for key in ("steps=2", "optim.warmup=1", "batch_size=2", "context=2")
+    )
+    + ("--stages.prior.horizon=2", "--stages.joint.horizon=2"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_command_of_the_card_gives_the_same_weights_again(name, tmp_path):
+    """Shortened: in this process and in one of its own, with the same number of threads."""
+    pytest.importorskip("sklearn", reason="needs scikit-learn's digits: pip install 'vpfast[demo]'")
+    words = ["train", *command_of(name), *SHORTER[name], "--device=cpu"]
+    assert vpfast.cli.main([*words, f"--out={tmp_path / 'here'}"]) == 0
+    command = [sys.executable, "-m", "vpfast", *words, f"--out={tmp_path / 'there'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, other = (load(tmp_path / place / "weights").state_dict() for place in ("here", "there"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    asked = from_dict(TrainConfig, options().parse([*command_of(name), *SHORTER[name], "--seed=1", "--device=cpu"]))
+    moved = load(train(replace(asked, out=str(tmp_path / "another")), progress=False)).state_dict()
+    assert not all(torch.equal(one[key], moved[key]) for key in one)
 
 
 def card_figures(name):
