@@ -100,12 +100,15 @@ def test_the_card_gives_the_command_that_trained_it(name):
 
 SHORTER = {
     "mspn-one-digit": ("--steps=2", "--optim.warmup=1", "--batch_size=2", "--context=2", "--horizon=2"),
-    "shrvqvae-one-digit": tuple(
-        f"--stages.{stage}.{key}"
-        for stage in ("autoencoder", "prior", "joint")
-        for key in ("steps=2", "optim.warmup=1", "batch_size=2", "context=2")
-    )
-    + ("--stages.prior.horizon=2", "--stages.joint.horizon=2"),
+    "shrvqvae-one-digit": (
+        *(
+            f"--stages.{stage}.{key}"
+            for stage in ("autoencoder", "prior", "joint")
+            for key in ("steps=2", "optim.warmup=1", "batch_size=2", "context=2")
+        ),
+        "--stages.prior.horizon=2",
+        "--stages.joint.horizon=2",
+    ),
 }
 
 
