@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vpfast.data import VideoFolder
-from vpfast.data.video_folder import find_videos
+from vpfast.data import VideoFolder, find_videos
 from vpfast.metrics import VideoMetrics
 from vpfast.models import MSPN, load, save
 from vpfast.models.mspn import pixel_loss

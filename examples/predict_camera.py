@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import vpfast
-from vpfast.data.resize import resize, to_grey
+from vpfast.data import resize_frames, to_grey
 from vpfast.models import MSPN, SHRVQVAE, load
 
 SIZE = (64, 64)
@@ -63,7 +63,7 @@ def newest(frames: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def prepared(frame: Tensor, channels: int) -> Tensor:
     """uint8 RGB (3, H, W) -> float (channels, *SIZE) in [0, 1], as ``vpfast.data`` makes the clips of training."""
-    sized = resize(frame.unsqueeze(0) if channels == 3 else to_grey(frame.unsqueeze(0)), SIZE)
+    sized = resize_frames(frame.unsqueeze(0) if channels == 3 else to_grey(frame.unsqueeze(0)), SIZE)
     return sized[0].float() / 255
 
 

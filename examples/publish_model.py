@@ -15,10 +15,7 @@ import torch
 from torch import nn
 
 from vpfast.models import HRVQVAE, MSPN, SHRVQVAE
-from vpfast.training import TrainConfig, checkpoint
-from vpfast.training.clips import dataset
-from vpfast.training.evaluation import evaluate
-from vpfast.training.recipes import recipe_of
+from vpfast.training import TrainConfig, dataset, evaluate, read_weights
 
 
 def options() -> argparse.ArgumentParser:
@@ -46,7 +43,7 @@ def training(config: TrainConfig, run: Path, command: str, took: str) -> str:
 
 def quality(model: nn.Module, config: TrainConfig, context: int, horizon: int, clips: int) -> str:
     """What ``vpfast evaluate`` measures of it on clips that it was not trained on."""
-    predicts = recipe_of(model).predicts
+    predicts = not isinstance(model, HRVQVAE)
     length = context + (horizon if predicts else 0)
     measured = evaluate(model, dataset(config.data, "test", length, clips, config.seed), context, progress=True)
     task = f"{horizon} frames from {context}" if predicts else f"{context} frames coded and made again"
@@ -57,7 +54,7 @@ def quality(model: nn.Module, config: TrainConfig, context: int, horizon: int, c
 def main() -> None:
     parser = options()
     asked = parser.parse_args()
-    model, config = checkpoint.read_weights(asked.run, nn.Module)
+    model, config = read_weights(asked.run, nn.Module)
     assert isinstance(model, MSPN | HRVQVAE | SHRVQVAE)
     if config is None:
         parser.error(f"{asked.run} does not tell how it was trained, nor so on which clips it can be measured")

@@ -4,15 +4,15 @@ Importing ``vpfast`` or ``vpfast.ops`` registers the operators and loads nothing
 exported from a model needs. Everything else is imported when it is first asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from vpfast import _torch as _torch  # says what is missing before anything else misses it
 from vpfast import ops
 from vpfast._version import __version__
 from vpfast.ops import backend, current_backend
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from vpfast import models, nn
     from vpfast._optimize import optimize
     from vpfast.stream import Stream
@@ -22,11 +22,11 @@ __all__ = ["Stream", "__version__", "backend", "current_backend", "models", "nn"
 _FROM = {"Stream": "vpfast.stream", "optimize": "vpfast._optimize"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("models", "nn"):
-        return import_module(f"vpfast.{name}")
+        return _import_module(f"vpfast.{name}")
     if name in _FROM:
-        return getattr(import_module(_FROM[name]), name)
+        return getattr(_import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

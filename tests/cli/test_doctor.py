@@ -42,7 +42,8 @@ def test_an_extension_that_does_not_load_is_told(command, monkeypatch):
 
 
 def test_extras_name_what_they_lack(monkeypatch):
-    lines = ["torch>=2.11", "av; extra == 'cli'", "tqdm; extra == 'cli'", "vpfast[cli]; extra == 'demo'"]
+    lines = ["torch>=2.11", "av; extra == 'cli'", "tqdm; extra == 'cli'"]
+    lines += ["av>=13; python_version < '3.11' and extra == 'cli'", "vpfast[cli]; extra == 'demo'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
     monkeypatch.setattr(doctor, "_installed", lambda package: package != "av")
     assert list(doctor._extras()) == [("cli", "lacks av: pip install 'vpfast[cli]'")]

@@ -19,7 +19,7 @@ import torch
 from vpfast.data import DataError, PreparedClips, _clips, read_video
 from vpfast.data.prepare import check, prepare
 from vpfast.data.prepared import read_index
-from vpfast.data.resize import resize, to_grey
+from vpfast.data.resize import resize_frames, to_grey
 from vpfast.data.sets.folder import Folder
 from vpfast.data.sets.source import Recording
 
@@ -96,7 +96,7 @@ def test_frames_are_those_of_the_reader(videos, tmp_path, channels, fit):
         frames = read_video(videos / entry.source)
         frames = to_grey(frames) if channels == 1 else frames
         stored = np.load(tmp_path / "out" / entry.file)
-        assert np.array_equal(stored, resize(frames, (20, 20), fit).numpy())
+        assert np.array_equal(stored, resize_frames(frames, (20, 20), fit).numpy())
     clip = PreparedClips(tmp_path / "out", "val", length=9)[0]
     torch.testing.assert_close(clip, torch.from_numpy(np.load(tmp_path / "out/frames/val/c.mp4.npy")) / 255)
     assert check(tmp_path / "out") == []

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vpfast.data import VideoError, read_video
-from vpfast.data.resize import resize, to_grey
+from vpfast.data.resize import resize_frames, to_grey
 from vpfast.data.video import frame_rate
 
 
@@ -118,21 +118,21 @@ def test_grey_is_luma_and_leaves_grey_alone(make_video, pattern):
 def test_resizing_keeps_a_flat_picture_flat(height, width, to):
     flat = torch.full((2, 3, height, width), 137, dtype=torch.uint8)
     for fit in ("squash", "crop"):
-        assert torch.equal(resize(flat, to, fit), torch.full((2, 3, *to), 137, dtype=torch.uint8))
+        assert torch.equal(resize_frames(flat, to, fit), torch.full((2, 3, *to), 137, dtype=torch.uint8))
 
 
 def test_down_sampling_averages():
     stripes = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 200
-    small = resize(stripes, (8, 8))
+    small = resize_frames(stripes, (8, 8))
     assert (small.int() - 100).abs().max() <= 5  # dropping pixels would give 0 or 200
 
 
 def test_crop_takes_the_centre_and_squash_the_whole():
     wide = torch.zeros(1, 1, 10, 30, dtype=torch.uint8)
     wide[..., 10:20] = 255
-    assert resize(wide, (10, 10), "crop").min() == 255
-    assert resize(wide, (10, 10), "squash").min() == 0
+    assert resize_frames(wide, (10, 10), "crop").min() == 255
+    assert resize_frames(wide, (10, 10), "squash").min() == 0
 
 
 @pytest.mark.parametrize(("angle", "turns"), [(90, 3), (180, 2), (270, 1)])

@@ -174,7 +174,7 @@ def _required() -> dict[str, list[str]]:
     for line in lines:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         name = re.match(r"[\w.-]+", line)
-        if extra and name and name[0] != "vpfast":
+        if extra and name and name[0] not in ("vpfast", *packages.get(extra[1], ())):
             packages.setdefault(extra[1], []).append(name[0])
     return packages
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from vpfast.data._clips import as_clip
 from vpfast.data.errors import DataError
 from vpfast.data.idx import read_idx
-from vpfast.data.resize import resize
+from vpfast.data.resize import resize_frames
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -207,5 +207,7 @@ def _block(images: NDArray[np.uint8], split: Split) -> NDArray[np.uint8]:
 def _to_size(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     if images.shape[1:] == (side, side):
         return images
-    resized: NDArray[np.uint8] = resize(torch.from_numpy(images.copy()).unsqueeze(1), (side, side)).squeeze(1).numpy()
+    resized: NDArray[np.uint8] = (
+        resize_frames(torch.from_numpy(images.copy()).unsqueeze(1), (side, side)).squeeze(1).numpy()
+    )
     return resized

@@ -34,7 +34,7 @@ from vpfast.data.prepared import (
     read_index,
     read_journal,
 )
-from vpfast.data.resize import LARGEST, parse_size, resize, to_grey
+from vpfast.data.resize import LARGEST, parse_size, resize_frames, to_grey
 from vpfast.data.sets.source import Recording, Source
 from vpfast.data.video_folder import stamp
 
@@ -367,7 +367,7 @@ def _frames(job: _Job) -> Iterator[Tensor]:
 def _fitted(rgb: NDArray[np.uint8], job: _Job) -> Tensor:
     frame = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1).unsqueeze(0)
     frame = to_grey(frame) if job.channels == 1 else frame
-    return resize(frame, job.size, job.fit).squeeze(0).contiguous()
+    return resize_frames(frame, job.size, job.fit).squeeze(0).contiguous()
 
 
 def sha256(path: Path) -> str:

@@ -218,7 +218,7 @@ class PreparedClips(Dataset[Tensor]):
         length: frames a clip.
         step: frames from one window to the next; default: as the set's own rules have it for a recording, else
             ``length``, no overlap.
-        channels: 3 (RGB), 1 (grey, also from a set in RGB, as :func:`vpfast.data.resize.to_grey` makes it) or
+        channels: 3 (RGB), 1 (grey, also from a set in RGB, as :func:`vpfast.data.to_grey` makes it) or
             ``None``, as prepared.
         include, exclude: patterns on the recordings' names, ``*`` matches ``/`` too: ``"walking/*"``. A recording
             needs one of ``include`` and none of ``exclude``.

@@ -27,14 +27,17 @@ def parse_size(size: Size) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def resize(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor:
-    """uint8 (T, C, H, W) -> uint8 (T, C, *size).
+def resize_frames(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor:
+    """Frames of another size, as every source of clips here makes them: uint8 (T, C, H, W) -> uint8 (T, C, *size).
 
     ``fit="squash"`` keeps the whole picture and lets its proportions go, as the KTH literature does (160x120 to
     128x128); ``"crop"`` keeps the proportions: the frame is resized to cover ``size``, then its centre cut out, as
     PredNet does. Bilinear with antialiasing (each output pixel averages the whole area it covers), by PyTorch and not
     by the video decoder: the result is then the same for videos and image files, and does not depend on the pixel
     format or on the build of FFmpeg.
+
+    Raises:
+        ValueError: another ``fit``.
     """
     if fit not in ("squash", "crop"):
         raise ValueError(f'fit must be "squash" or "crop", got {fit!r}')

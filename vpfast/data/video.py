@@ -16,7 +16,7 @@ from torch import Tensor
 from vpfast.data._files import natural_key, open_regular
 from vpfast.data._images import MAX_PIXELS, read_image, reason
 from vpfast.data.errors import VideoError
-from vpfast.data.resize import Fit, Size, parse_size, resize, to_grey
+from vpfast.data.resize import Fit, Size, parse_size, resize_frames, to_grey
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"})
 
@@ -90,7 +90,7 @@ def iter_video(
     for rgb in _of_one_size(source):
         frame = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
         frame = to_grey(frame) if channels == 1 else frame
-        frame = frame if target is None else resize(frame, target, fit)
+        frame = frame if target is None else resize_frames(frame, target, fit)
         yield frame.squeeze(0).contiguous()
 
 

@@ -130,7 +130,16 @@ def default_cache() -> Path:
 
 
 def find_videos(root: Path, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Path]:
-    """Video files and folders of images at or under ``root``, sorted; hidden ones are left out. VideoError if none."""
+    """Video files and folders of images at or under ``root``, sorted; hidden ones are left out.
+
+    Args:
+        root: a folder, or one video.
+        include, exclude: patterns as :mod:`fnmatch` has them on paths below ``root``; a video has to match one of
+            ``include`` and none of ``exclude``.
+
+    Raises:
+        VideoError: there is none, or ``root`` cannot be read.
+    """
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except OSError as error:

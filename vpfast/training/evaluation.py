@@ -18,7 +18,8 @@ LIKELIEST = Sampling()
 
 @dataclass(frozen=True)
 class CodeUse:
-    """How much of a codebook was used: codewords it has, codewords chosen at all, exp of the entropy of the choice."""
+    """How much of a codebook was used: the codewords it has, those chosen at all, and the exponential of the entropy of
+    the choices."""
 
     codewords: int
     used: int
@@ -27,9 +28,11 @@ class CodeUse:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of all clips: a report by name, the use of a codebook by the same names, and the name that counts.
+    """The results over all clips.
 
-    ``scores``: by the same names, of a model that predicts codes: the name of a score -> its mean for every layer.
+    ``reports``: the errors of the model and of what it is compared with, by name. ``judged``: which of these names is
+    the model's. ``codes``: by the same names, how much of a codebook was used. ``scores``: by the same names, of a model
+    that predicts codes: the name of a score -> its mean for every layer.
     """
 
     reports: dict[str, Report]
@@ -47,7 +50,7 @@ class Evaluation:
         return results
 
     def markdown(self, per_frame: bool) -> str:
-        """The means side by side and, with ``per_frame``, below them the errors that count frame by frame."""
+        """A table of the means and, with ``per_frame``, below it the model's errors frame by frame."""
         names = list(self.reports[self.judged].mean)
         more = ["codewords used", "perplexity"] if self.codes else []
         lines = ["| mean | " + " | ".join([*names, *more]) + " |", "|---|" + "---:|" * len([*names, *more])]
@@ -88,14 +91,25 @@ def evaluate(
     protocol: str = "default",
     lpips: bool = False,
 ) -> Evaluation:
-    """What the model makes of ``clips``, (T, C, H, W) in [0, 1], beside what its kind is compared with.
+    """The errors of ``model`` on ``clips``, beside a baseline.
 
-    Of a model that predicts, the frames after the first ``context`` ones are those to predict, and repeating the last
-    real frame stands beside it. One that makes frames again is given all of them, and the depths stand side by side.
+    A model that predicts is given the first ``context`` frames of a clip and predicts the others; the baseline repeats
+    the last frame that was given. An HRVQVAE encodes and decodes all frames; its reconstructions from the first layer,
+    the first two layers and so on are measured side by side.
 
-    ``protocol``: one of ``vpfast.metrics.PROTOCOLS``. ``lpips``: measure LPIPS too.
+    Args:
+        model: an MSPN, HRVQVAE or SHRVQVAE. It is moved to ``device`` and left there, in evaluation mode.
+        clips: each (T, C, H, W) in [0, 1].
+        context: the number of frames that are given.
+        batch_size: clips at a time.
+        progress: show a progress bar on a terminal.
+        device: ``"auto"``, the GPU where there is one, or ``"cpu"``.
+        sampling: how codes are chosen, of a model that predicts codes.
+        protocol: one of ``vpfast.metrics.PROTOCOLS``.
+        lpips: measure LPIPS too.
 
     Raises:
+        TypeError: another model.
         ValueError, ImportError, FileNotFoundError: what :class:`vpfast.metrics.VideoMetrics` refuses.
     """
     distance = lpips and Perceptual()

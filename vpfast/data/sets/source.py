@@ -52,8 +52,9 @@ class Source(Protocol):
     """A data set in its own files. Implementations are frozen dataclasses; each field, made by :func:`option`, is an
     option of ``vpfast data prepare NAME``, and those besides the four below are kept in the index.
 
-    ``size`` is (H, W) of the prepared frames and ``fit`` how others are brought to it, by
-    :func:`vpfast.data.resize.resize`; ``channels`` is 3 for RGB or 1 for grey as ``to_grey`` there makes it.
+    ``name`` is what the command line calls it. ``size`` is (H, W) of the prepared frames and ``fit`` how others are
+    brought to it, by :func:`vpfast.data.resize_frames`. ``channels`` is 3 for RGB, or 1 for grey as
+    :func:`vpfast.data.to_grey` makes it.
     """
 
     @property

@@ -31,9 +31,11 @@ class Loss(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a model chooses that has a choice: temperature 0 takes the likeliest future, and there is one alone.
+    """How a model that predicts codes chooses them; other models have no choice.
 
-    ``top_k``: draw among so many likeliest codewords. ``futures``: how many are drawn for a clip. ``seed``: of draws.
+    ``temperature``: 0 takes the likeliest code everywhere, so that there is one future; above 0 codes are drawn.
+    ``top_k``: draw among so many of the likeliest codewords; None: among all. ``futures``: how many futures are drawn
+    for a clip. ``seed``: of the draws.
     """
 
     temperature: float = 0.0
