@@ -31,8 +31,8 @@ class Evaluation:
     """The results over all clips.
 
     ``reports``: the errors of the model and of what it is compared with, by name. ``judged``: which of these names is
-    the model's. ``codes``: by the same names, how much of a codebook was used. ``scores``: by the same names, of a model
-    that predicts codes: the name of a score -> its mean for every layer.
+    the model's. ``codes``: by the same names, how much of a codebook was used. ``scores``: by the same names, of a
+    model that predicts codes: the name of a score -> its mean for every layer.
     """
 
     reports: dict[str, Report]
