@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vpfast import models
 from vpfast._files import new_folder
-from vpfast.models.storage import CONFIG, TRAINING, WEIGHTS, as_files, folder_of
+from vpfast.models.storage import CONFIG, TRAINING, WEIGHTS, as_files, folder_of, read_tensors
 from vpfast.training.config import TrainConfig, from_dict, to_dict
 
 _STATE, _PROGRESS = "state.pt", "checkpoint.json"
@@ -196,9 +196,9 @@ def load(path: Path, networks: Networks) -> State:
         ValueError: a file is missing, damaged, or of another model; the message names the folder.
     """
     try:
-        networks.model.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
+        networks.model.load_state_dict(read_tensors(path / WEIGHTS))
         for name, network in networks.others.items():
-            network.load_state_dict(safetensors.torch.load_file(path / _file_of(name)))
+            network.load_state_dict(read_tensors(path / _file_of(name)))
         rest = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         return State(progress_of(path), **rest)
     except Exception as error:  # safetensors, zipfile, pickle and torch each fail in their own way
