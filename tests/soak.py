@@ -5,7 +5,8 @@
 First streams of ``--frames`` frames, each in a process of its own. Then rounds of everything at once until the time is
 up: training, evaluation, prediction, sampling, streaming, coding, films, loading with workers, the command line, and
 input that is refused. The process is looked at between two rounds, once a minute, with nothing under way. Networks are
-small: what leaks does so a call, whatever its size.
+small: what leaks does so a call, whatever its size. Caches of other libraries that have a bound are emptied before:
+what they take has an end, which an hour need not reach.
 
 A line is fitted to what memory is held, without the first quarter, in which caches fill. The exit status is 1 where it
 rises by more than ``MOST``, and where the last third of the time has at no moment as few files, threads and processes
@@ -32,7 +33,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from matplotlib.mathtext import MathTextParser
 from torch import Tensor
+from torch.multiprocessing.reductions import shared_cache
 from torch.utils.data import DataLoader
 
 import vpfast
@@ -89,8 +92,16 @@ _libc = ctypes.CDLL("libc.so.6")
 _libc.mallinfo2.restype = _Mallinfo
 
 
+def empty_caches() -> None:
+    """Those of other libraries that have a bound and fill for hours, each for what happens now and then to be new."""
+    sys._clear_type_cache()  # of 4096 names, many of them copies: torch looks up "__torch_function__" by a new string
+    shared_cache.free_dead_references()  # of tensors that came from workers; torch does so when there are 128
+    MathTextParser._parse_cached.cache_clear()  # of 50 labels of axes, which a loss of its own gives a run
+
+
 def look(at: float, temporary: Path) -> Sample:
     """At this process, once all that nobody refers to is gone and free memory is given back."""
+    empty_caches()
     gc.collect()
     _libc.malloc_trim(0)
     held, process = _libc.mallinfo2(), psutil.Process()

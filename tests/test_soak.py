@@ -4,6 +4,8 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 
 import pytest
 import soak
@@ -105,6 +107,19 @@ def test_a_leak_is_recorded_and_ends_in_1(monkeypatch, tmp_path, capsys, nothing
 )
 def test_all_work_is_done(work, tmp_path, scene):
     work(replace(scene, folder=tmp_path))
+
+
+# Those in which weights are loaded, workers send tensors, and torch is asked for attributes ten thousand times a round.
+@pytest.mark.parametrize("work", [soak.train_mspn, soak.command, soak.stream], ids=lambda work: work.__name__)
+def test_a_round_keeps_no_python_object(work, tmp_path, scene):
+    held = []
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        work(replace(scene, folder=folder))
+        held.append(soak.look(number, folder).python_blocks)
+    gained = [after - before for before, after in pairwise(held[1:])]
+    assert median(gained) < 8, f"one round after the other holds so many objects more: {gained}"
 
 
 @pytest.fixture(scope="module")
