@@ -267,6 +267,7 @@ def training(setting: TrainingSetting, place: Place) -> Problem:
 def as_trained(model: MSPN, frames: Tensor, context: int, horizon: int, precision: Literal["fp32", "bf16"]) -> Call:
     """The update of `vpfast train` with the layout that it takes."""
     from vpfast.training.config import DataConfig, TrainConfig
+    from vpfast.training.device import lay_out
     from vpfast.training.engine import accelerator
     from vpfast.training.recipes import recipe_of
     from vpfast.training.update import Context
@@ -281,8 +282,7 @@ def as_trained(model: MSPN, frames: Tensor, context: int, horizon: int, precisio
         precision=precision,
         device="auto" if frames.is_cuda else "cpu",
     )
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lay_out(model, config)
     recipe = recipe_of(model)
     update = recipe.update(Context(model, recipe.trained(model), config, accelerator(config), recipe))
 

@@ -37,7 +37,7 @@ def test_help_tells_the_defaults(command):
     said = " ".join(out.split())
     assert "--steps STEPS updates of the weights (int, default: 10000)" in said
     assert "clip the gradient to this norm (float or null)" in said
-    assert "the faster way for convolutions on most machines (default: true)" in said
+    assert "wherever that is the faster way; false never does (default: true)" in said
     assert "fewest and most frames fed back (default: [3, 5])" in said
     assert "(default: the digits that come with scikit-learn) --data.size" in said
     assert "--dry-run print the configuration, parameters, memory and FLOPs; read no data, write nothing" in said

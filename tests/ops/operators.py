@@ -188,6 +188,31 @@ def _decode(mask: str, scale: int, seed: int) -> tuple[Any, ...]:
     return q[:, :, positions], k, v, positions, grid, *rules
 
 
+# --- plane_convolution ------------------------------------------------------------------------------------------------
+
+
+def _planes(scale: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, the gradient of y."""
+    generator, width = torch.Generator().manual_seed(seed), 16 * (scale // 2) or 8
+    size = (4 * scale + 4, width)
+    shapes = (scale, 15, *size), (21, 15, 3, 3), (21,), (scale, 21, *size)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _plane_convolution(scale: int, seed: int) -> tuple[Any, ...]:
+    return *_planes(scale, seed)[:3], False
+
+
+def _plane_convolution_of_gradients(scale: int, seed: int) -> tuple[Any, ...]:
+    _, weight, _, grad = _planes(scale, seed)
+    return grad, weight, None, True
+
+
+def _plane_convolution_weight(scale: int, seed: int) -> tuple[Any, ...]:
+    x, _, _, grad = _planes(scale, seed)
+    return grad, x, 3, 3
+
+
 # --- what the models alone call ---------------------------------------------------------------------------------------
 
 
@@ -258,6 +283,9 @@ PROBLEMS = {
     **_each("masked_attention3d", _attention, _MASKS, "q", "k", "v"),
     **_each("masked_attention3d_backward", _attention_backward, _MASKS),
     **_each("masked_attention3d_decode", _decode, _MASKS),
+    "plane_convolution": Problem("plane_convolution", _plane_convolution),
+    "plane_convolution, of gradients": Problem("plane_convolution", _plane_convolution_of_gradients),
+    "plane_convolution_weight": Problem("plane_convolution_weight", _plane_convolution_weight),
 }
 """The operators of vpfast.ops."""
 

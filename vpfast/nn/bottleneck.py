@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.nn.convolution import Conv2d
+
 LEAK = 0.01  # slope of every LeakyReLU in MSPN
 
 
@@ -17,7 +19,7 @@ class Bottleneck(nn.Module):
         super().__init__()
 
         def convolution(channels: int, kernel_size: int) -> list[nn.Module]:
-            layer = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2)
+            layer = Conv2d(channels, out_channels, kernel_size)
             return [layer, nn.BatchNorm2d(out_channels)] if batch_norm else [layer]
 
         self.body = nn.Sequential(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpfast.nn.bottleneck import LEAK, Bottleneck
+from vpfast.nn.convolution import Conv2d
 
 Widen = Literal["before_pool", "after_pool"]
 
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
         widen: Widen = "before_pool",
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, channels[0], kernel_size, padding=kernel_size // 2)
+        self.stem = Conv2d(in_channels, channels[0], kernel_size)
         self.stages = nn.ModuleList(EncoderStage(i, o, batch_norm, widen) for i, o in pairwise(channels))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -64,7 +65,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.before = Bottleneck(in_channels, channels, batch_norm)
         self.after = Bottleneck(channels, channels, batch_norm)
-        self.merge = nn.Conv2d(2 * channels, out_channels, 3, padding=1)
+        self.merge = Conv2d(2 * channels, out_channels, 3)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         up = self.after(upsample(self.before(x)))

@@ -21,6 +21,7 @@ from vpfast.nn._common import (
 )
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import Decoder, Encoder, Widen
+from vpfast.nn.convolution import Conv2d
 from vpfast.ops import edlstm_gates
 
 
@@ -70,9 +71,9 @@ class EDLSTMCell(nn.Module):
         self.gate_order = gate_order
         self.factor = 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels + hidden_channels, channels, input_kernel_size, batch_norm, widen)
-        self.share: nn.Conv2d | None = None
+        self.share: Conv2d | None = None
         if shared_channels:
-            self.share = nn.Conv2d(channels[-1] + shared_channels, channels[-1], 3, padding=1, bias=False)
+            self.share = Conv2d(channels[-1] + shared_channels, channels[-1], 3, bias=False)
         self.decoder = Decoder(channels, 4 * hidden_channels, batch_norm)
 
     def forward(self, x: Tensor, state: State | None = None, shared: Tensor | None = None) -> tuple[Tensor, State]:

@@ -19,6 +19,7 @@ from vpfast.nn._common import (
 )
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import Decoder, Encoder, Widen
+from vpfast.nn.convolution import Conv2d
 from vpfast.ops import edlstm_gates
 
 
@@ -62,8 +63,8 @@ class EncLSTMDecCell(nn.Module):
         self.gate_order = gate_order
         self.factor = 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels, channels, input_kernel_size, batch_norm, widen)
-        self.gates = nn.Conv2d(2 * hidden, 4 * hidden, 3, padding=1)
-        self.out = nn.Conv2d(hidden, hidden, output_kernel_size, padding=output_kernel_size // 2)
+        self.gates = Conv2d(2 * hidden, 4 * hidden, 3)
+        self.out = Conv2d(hidden, hidden, output_kernel_size)
         self.decoder = Decoder(channels, out_channels, batch_norm)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:

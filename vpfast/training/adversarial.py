@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vpfast.models.mspn import Discriminator, pixel_loss
 from vpfast.training.config import AdversarialConfig, TrainConfig
+from vpfast.training.device import lay_out
 from vpfast.training.feedback import unrolled
 from vpfast.training.recipes.recipe import Loss
 from vpfast.training.synced import synced
@@ -111,8 +112,7 @@ class AdversarialUpdate:
         discriminator: nn.Module = build_discriminator(config)
         if accelerator.num_processes > 1:
             discriminator = synced(discriminator)
-        if config.channels_last:
-            discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(discriminator, config)
         self.discriminator = discriminator
         optim, own = config.optim, config.adversarial
         made = Adam(context.parameters, optim.lr, weight_decay=optim.weight_decay)

@@ -247,7 +247,7 @@ class TrainConfig:
     checkpoint_activations: bool = option(
         False, "mspn: keep one frame's activations in memory at a time and compute them again in the backward pass"
     )
-    channels_last: bool = option(True, "lay maps out channels last, the faster way for convolutions on most machines")
+    channels_last: bool = option(True, "lay maps out channels last wherever that is the faster way; false never does")
     val_every: int = option(500, "steps between validations; 0 for none")
     val_clips: int = option(64, "clips of the validation split to use")
     patience: int | None = option(None, "end the run after so many validations that were no better than the best")

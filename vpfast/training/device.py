@@ -1,15 +1,18 @@
-"""Where a model runs."""
+"""Where a model runs, and how its maps lie there."""
 
 import sys
 from functools import cache
 from typing import Literal
 
 import torch
+from torch import nn
 
+from vpfast.nn.convolution import is_faster_in_planes
 from vpfast.ops._backend import BackendError
 from vpfast.ops.codeword_search.register import backends as codeword_search
 from vpfast.ops.edlstm_gates.register import backends as edlstm_gates
 from vpfast.ops.masked_attention3d.register import backends as masked_attention3d
+from vpfast.training.config import TrainConfig
 
 Device = Literal["auto", "cpu"]
 
@@ -43,3 +46,10 @@ def _serving(device: str) -> torch.device:
 @cache
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def lay_out(model: nn.Module, config: TrainConfig) -> None:
+    """Lay the model's weights, and with them its maps, channels last where the run wants that and is faster so."""
+    in_planes = config.precision == "fp32" and pick_device(config.device).type == "cpu" and is_faster_in_planes(model)
+    if config.channels_last and not in_planes:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

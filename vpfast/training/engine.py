@@ -22,7 +22,7 @@ from vpfast.training import checkpoint
 from vpfast.training.average import Average
 from vpfast.training.clips import StepBatches, check_apart, dataset, loader
 from vpfast.training.config import TrainConfig, from_dict, leaves, to_dict
-from vpfast.training.device import pick_device
+from vpfast.training.device import lay_out, pick_device
 from vpfast.training.log import RunLog
 from vpfast.training.network import build_model, recipe_for, start_from
 from vpfast.training.signals import caught_signals
@@ -88,8 +88,7 @@ class _Run:
         self.clips = dataset(config.data, "train", config.clip_length, seed=config.seed)
         self.val = self._validation_clips()
 
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(model, config)
         model.to(self.accelerator.device)
         self.plain = model
         self.at = checkpoint.Progress(step=0)

@@ -19,6 +19,7 @@ from vpfast.nn import EDLSTMCell, EncLSTMDecCell
 from vpfast.nn._common import State, check_choice, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import upsample
+from vpfast.nn.convolution import Conv2d
 
 Feedback = Literal["attached", "detached"]
 
@@ -282,7 +283,7 @@ class _EDLSTMLevel(nn.Module):
             widen=config.widen,
             gate_order=config.gate_order,
         )
-        self.head = nn.Conv2d(config.hidden_channels, config.in_channels, 5, padding=2)
+        self.head = Conv2d(config.hidden_channels, config.in_channels, 5)
 
     def forward(self, x: Tensor, state: State, shared: Tensor | None) -> tuple[Tensor, State, Tensor | None]:
         state, feature = self.cell.step(x, state, shared)

@@ -1,0 +1,230 @@
+// The loops of plane_convolution. Included by for_each_isa.h, once for each instruction set.
+
+using planes::Block;
+using planes::Forward;
+using planes::Range;
+using planes::Shape;
+
+// Registers of pixels in a band of rows of one plane. A register holds pixels of one row; or, where it is twice as wide
+// as a row, of two.
+struct Registers {
+  int64_t width, padded_width;
+  bool two_rows;
+
+  explicit VPFAST_INLINE Registers(const Shape& s)
+      : width(s.width), padded_width(s.padded_width()), two_rows(s.width < kLanes) {}
+  VPFAST_INLINE int64_t in_rows(int64_t rows) const { return rows * width / kLanes; }
+  // Where a register's pixels begin in a padded plane.
+  VPFAST_INLINE int64_t padded(int64_t index) const {
+    if (two_rows) return 2 * index * padded_width;
+    const int64_t in_a_row = width / kLanes;
+    return index / in_a_row * padded_width + index % in_a_row * kLanes;
+  }
+};
+
+// A register of a padded plane.
+template <bool two_rows>
+VPFAST_INLINE FloatLanes load_padded(const float* from, int64_t padded_width) {
+  if constexpr (!two_rows) return load(from).v;
+  typedef float Half __attribute__((vector_size(kBytes / 2)));
+  Half halves[2];
+  std::memcpy(&halves[0], from, sizeof(Half));
+  std::memcpy(&halves[1], from + padded_width, sizeof(Half));
+  FloatLanes x;
+  std::memcpy(&x, halves, sizeof x);
+  return x;
+}
+
+// Rows of the planes of `channels` of an image, with the rows and columns around them that a kernel reaches.
+inline void pad_rows(const Shape& s, const float* image, Range channels, Range rows, float* to) {
+  const int64_t padded_width = s.padded_width(), before = s.before();
+  for (int64_t channel = channels.begin; channel < channels.end; ++channel) {
+    const float* plane = image + channel * s.pixels();
+    for (int64_t row = rows.begin - s.above(); row < rows.end + s.above(); ++row, to += padded_width) {
+      const bool inside = row >= 0 && row < s.height;
+      if (!inside) {
+        std::memset(to, 0, padded_width * sizeof(float));
+        continue;
+      }
+      for (int64_t k = 0; k < before; ++k) to[k] = to[padded_width - 1 - k] = 0;
+      std::memcpy(to + before, plane + row * s.width, s.width * sizeof(float));
+    }
+  }
+}
+
+// --- y ---
+
+constexpr int64_t kChain = 8;
+
+// A block of `outputs` planes by `registers` registers, summed over all inputs and positions. `padded` holds the band's
+// rows of every input, `origin` where each register begins there, `y` where it goes in the first of the planes.
+template <int outputs, int registers, bool two_rows>
+VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const float* padded, int64_t padded_plane,
+                              const int64_t* origin, float* const* y) {
+  const Shape& s = p.shape;
+  const int64_t padded_width = s.padded_width();
+  FloatLanes total[outputs][registers];
+  for (int o = 0; o < outputs; ++o) {
+    for (int r = 0; r < registers; ++r) total[o][r] = F32::broadcast(p.bias ? p.bias[block.first + o] : 0.0f).v;
+  }
+  const float* weight = block.weights;
+  // Sums of some inputs at a time: long ones in a single chain would round more than torch's do.
+  for (int64_t input = 0; input < s.inputs;) {
+    const int64_t end = input + kChain < s.inputs ? input + kChain : s.inputs;
+    FloatLanes sum[outputs][registers] = {};
+    for (; input < end; ++input) {
+      for (int64_t row = 0; row < s.kernel_height; ++row) {
+        const float* x = padded + input * padded_plane + row * padded_width;
+        for (int64_t column = 0; column < s.kernel_width; ++column, ++x, weight += outputs) {
+          FloatLanes seen[registers];
+#pragma GCC unroll 8
+          for (int r = 0; r < registers; ++r) seen[r] = load_padded<two_rows>(x + origin[r], padded_width);
+#pragma GCC unroll 8
+          for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 8
+            for (int r = 0; r < registers; ++r) sum[o][r] += weight[o] * seen[r];
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 8
+      for (int r = 0; r < registers; ++r) total[o][r] += sum[o][r];
+    }
+  }
+  for (int o = 0; o < outputs; ++o) {
+    for (int r = 0; r < registers; ++r) store(y[r] + o * s.pixels(), {total[o][r]});
+  }
+}
+
+// The planes of a block: tiles of `registers` of a band's `count` registers, the last of which may overlap the one
+// before.
+template <int outputs, int registers, bool two_rows>
+void fill_planes(const Forward& p, const Block& block, const float* padded, int64_t padded_plane, int64_t count,
+                 float* y) {
+  if constexpr (registers > 1) {
+    if (count < registers) return fill_planes<outputs, 1, two_rows>(p, block, padded, padded_plane, count, y);
+  }
+  const Registers band(p.shape);
+  for (int64_t next = 0; next < count; next += registers) {
+    const int64_t first = next < count - registers ? next : count - registers;
+    int64_t origin[registers];
+    float* to[registers];
+    for (int r = 0; r < registers; ++r) {
+      origin[r] = band.padded(first + r);
+      to[r] = y + (first + r) * kLanes;
+    }
+    sum_inputs<outputs, registers, two_rows>(p, block, padded, padded_plane, origin, to);
+  }
+}
+
+// All planes of a band of `rows` of an image, from its inputs' padded rows.
+template <bool two_rows>
+void convolve_band(const Forward& p, const float* padded, int64_t image, Range rows) {
+  const Shape& s = p.shape;
+  const int64_t padded_plane = (rows.size() + s.kernel_height - 1) * s.padded_width();
+  const int64_t count = Registers(s).in_rows(rows.size());
+  for (const Block* block = p.blocks; block < p.blocks + p.block_count; ++block) {
+    float* y = p.y + (image * s.outputs + block->first) * s.pixels() + rows.begin * s.width;
+    if (block->count == 8) {
+      fill_planes<8, 2, two_rows>(p, *block, padded, padded_plane, count, y);
+    } else if (block->count == 4) {
+      fill_planes<4, 4, two_rows>(p, *block, padded, padded_plane, count, y);
+    } else {
+      fill_planes<1, 8, two_rows>(p, *block, padded, padded_plane, count, y);
+    }
+  }
+}
+
+inline void convolve_planes(const Forward& p, const float* padded, int64_t image, Range rows) {
+  if (Registers(p.shape).two_rows) {
+    convolve_band<true>(p, padded, image, rows);
+  } else {
+    convolve_band<false>(p, padded, image, rows);
+  }
+}
+
+// --- gradients of weights ---
+
+// Rows of `outputs` planes of gradients, register by register side by side: (registers, outputs, lanes). Adds what they
+// come to in each plane to `bias`.
+inline void pack_gradients(const Shape& s, const float* grad, int64_t rows, int64_t outputs, float* to, float* bias) {
+  const int64_t count = rows * s.width / kLanes;
+  for (int64_t o = 0; o < outputs; ++o) {
+    FloatLanes sum{};
+    for (int64_t r = 0; r < count; ++r) {
+      const F32 x = load(grad + o * s.pixels() + r * kLanes);
+      store(to + (r * outputs + o) * kLanes, x);
+      sum += x.v;
+    }
+    bias[o] += total({sum});
+  }
+}
+
+// Adds to `sums` (taps, outputs, lanes) the products of the packed gradients of a band with as many maps as there are
+// taps. A tap is where a position of the kernel sees an input's padded rows.
+template <int outputs, int taps, bool two_rows>
+VPFAST_INLINE void add_products(const Shape& s, const float* grad, const float* const* tap, int64_t rows, float* sums) {
+  const int64_t padded_width = s.padded_width();
+  const int64_t row_step = two_rows ? 2 : 1, row_pixels = row_step * s.width;
+  const float* from[taps];
+  FloatLanes sum[taps][outputs];
+#pragma GCC unroll 8
+  for (int t = 0; t < taps; ++t) {
+    from[t] = tap[t];
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) sum[t][o] = load(sums + (t * outputs + o) * kLanes).v;
+  }
+  for (int64_t row = 0; row < rows; row += row_step) {
+    const int64_t begin = row * padded_width;
+    for (int64_t pixel = begin; pixel < begin + row_pixels; pixel += kLanes, grad += outputs * kLanes) {
+      FloatLanes seen[taps];
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) seen[t] = load_padded<two_rows>(from[t] + pixel, padded_width);
+#pragma GCC unroll 8
+      for (int o = 0; o < outputs; ++o) {
+        const FloatLanes g = load(grad + o * kLanes).v;
+#pragma GCC unroll 8
+        for (int t = 0; t < taps; ++t) sum[t][o] += g * seen[t];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < taps; ++t) {
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) store(sums + (t * outputs + o) * kLanes, {sum[t][o]});
+  }
+}
+
+// The same for all of `count` taps, some at a time.
+template <int outputs, int taps, bool two_rows>
+void add_taps(const Shape& s, const float* grad, const float* const* tap, int64_t count, int64_t rows, float* sums) {
+  int64_t first = 0;
+  for (; first + taps <= count; first += taps) {
+    add_products<outputs, taps, two_rows>(s, grad, tap + first, rows, sums + first * outputs * kLanes);
+  }
+  for (; first < count; ++first) {
+    add_products<outputs, 1, two_rows>(s, grad, tap + first, rows, sums + first * outputs * kLanes);
+  }
+}
+
+template <bool two_rows>
+void add_block(const Shape& s, const float* grad, const float* const* tap, int64_t count, int64_t rows, int64_t outputs,
+               float* sums) {
+  if (outputs == 8) return add_taps<8, 3, two_rows>(s, grad, tap, count, rows, sums);
+  if (outputs == 4) return add_taps<4, 5, two_rows>(s, grad, tap, count, rows, sums);
+  add_taps<1, 8, two_rows>(s, grad, tap, count, rows, sums);
+}
+
+// Of 8, 4 or 1 outputs.
+inline void add_weight_gradients(const Shape& s, const float* grad, const float* const* tap, int64_t count,
+                                 int64_t rows, int64_t outputs, float* sums) {
+  if (Registers(s).two_rows) {
+    add_block<true>(s, grad, tap, count, rows, outputs, sums);
+  } else {
+    add_block<false>(s, grad, tap, count, rows, outputs, sums);
+  }
+}
+
+inline float sum_lanes(const float* lanes) { return total(load(lanes)); }
