@@ -337,6 +337,10 @@ def test_codes_of_other_weights_are_refused_and_those_of_a_copy_are_not() -> Non
         moved.quantizer.codebooks[2][5, 1] += 0.1
     with pytest.raises(CodesError, match="made with other codebooks"):
         moved.decode(codes)
+    decodes_otherwise = copy.deepcopy(model)
+    with torch.no_grad():
+        decodes_otherwise.decoder[-1].bias += 0.1
+    assert not torch.equal(decodes_otherwise.decode(codes), model.decode(codes))
     by_hand = Codes(codes.indices, 3, codes.frame_size, 1)
     same(model.decode(by_hand), model.decode(codes))
     assert moved.decode(by_hand).shape == frames.shape

@@ -129,6 +129,8 @@ def strided_cases():
         "both": torch.randn(12, 40).t()[::2, 1::2],
         "one vector": z[:1].expand(20, 6),
         "one number": z[:, :1].expand(20, 6),
+        "overlapping": torch.randn(25).as_strided((20, 6), (1, 1)),
+        "negated": torch._neg_view(torch.randn(20, 6)),
         "unaligned": torch.randn(121)[1:].view(20, 6),
         "empty": z[:0],
         "single": z[3:4],
