@@ -218,13 +218,13 @@ def test_types() -> None:
 
 def test_what_the_sampler_takes_apart_is_the_whole() -> None:
     model = prior()
-    embedded = model.embedded(codes())
-    feature = model.features(model.entered(embedded, embedded))
-    logits = [model.logits_of(feature, layer, codes()[..., :layer]) for layer in range(3)]
+    embedded = model._embedded(codes())
+    feature = model._features(model._after_stem(embedded, embedded))
+    logits = [model._logits_of(feature, layer, codes()[..., :layer]) for layer in range(3)]
     torch.testing.assert_close(torch.stack(logits, -2), model(codes()), rtol=0, atol=0)
-    torch.testing.assert_close(model.embedded(codes()[0, 1, 2, 3]), embedded[0, 1, 2, 3])
-    assert [model.attends_after(block) for block in range(2)] == [True, True]
-    assert not any(prior(attention="none").attends_after(block) for block in range(2))
+    torch.testing.assert_close(model._embedded(codes()[0, 1, 2, 3]), embedded[0, 1, 2, 3])
+    assert [model._attends_after(block) for block in range(2)] == [True, True]
+    assert not any(prior(attention="none")._attends_after(block) for block in range(2))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class NetworkCache:
         self.layers: list[Layer] = []
         for index, block in enumerate(prior.blocks):
             nth = index // prior.config.prior_attention_every
-            attention = prior.attentions[nth] if prior.attends_after(index) else None
+            attention = prior.attentions[nth] if prior._attends_after(index) else None
             assert isinstance(block, GatedBlock)
             assert attention is None or isinstance(attention, AttentionBlock)
             keys_values = None if attention is None else attention.attention.init_cache(batch, grid)

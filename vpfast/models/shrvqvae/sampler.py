@@ -129,13 +129,15 @@ class _Clip:
         codes = self.codes[:, : context * cells]
         window = self.windows[0]
         own = (torch.arange(context, device=codes.device)[:, None] * window.frame + window.own).flatten()
-        begun = self.prior.begun(codes.unflatten(1, (context, *self.size))).unflatten(0, (codes.shape[0], -1))
+        begun = self.prior._inputs_of_blocks(codes.unflatten(1, (context, *self.size))).unflatten(
+            0, (codes.shape[0], -1)
+        )
         for layer, network in enumerate(self.networks):
             shown = range(layer, layer + 1) if self.by_layer else None
-            network.stem.inputs.index_copy_(1, own, self.prior.embedded(codes, shown))
+            network.stem.inputs.index_copy_(1, own, self.prior._embedded(codes, shown))
             network.look_at(begun[:, layer], own)
         if self.by_layer:
-            self.seen.index_copy_(1, own, self.prior.embedded(codes))
+            self.seen.index_copy_(1, own, self.prior._embedded(codes))
 
     def sample(self, times: range, order: Order) -> None:
         """Choose the codes of these frames, which follow what is known."""
@@ -227,7 +229,7 @@ class _Clip:
             if layer > 0:
                 assert self.prior.context is not None
                 known = self.codes.unflatten(1, (-1, *self.size))[:, time]
-                below = self.prior.embedded(known, range(layer)).movedim(-1, 1)
+                below = self.prior._embedded(known, range(layer)).movedim(-1, 1)
                 added = added + self.prior.context(below).movedim(1, -1).flatten(1, 2)
         self.networks[layer].begin_frame(time, self.seen, added)
 
@@ -245,7 +247,7 @@ class _Clip:
         codes = self.codes.index_select(1, places.positions)
         layers = range(layer, layer + 1) if self.by_layer else range(codes.shape[-1])
         for each in layers:
-            logits = self.prior.logits_of(features, each, codes[..., :each])
+            logits = self.prior._logits_of(features, each, codes[..., :each])
             self.total += logits.sum(dtype=torch.float64)
             codes[..., each] = self.choice(logits, places.times, places.cells, each)
         self.codes.index_copy_(1, places.positions, codes)
@@ -254,14 +256,14 @@ class _Clip:
     def show(self, places: Places, layer: int) -> None:
         """Show the codes at ``places`` to the positions after them in the pass of ``layer``."""
         codes = self.codes.index_select(1, places.positions)
-        embedded = self.prior.embedded(codes, range(layer, layer + 1) if self.by_layer else None)
+        embedded = self.prior._embedded(codes, range(layer, layer + 1) if self.by_layer else None)
         self.networks[layer].stem.inputs.index_copy_(1, places.own, embedded)
 
     def remember(self, places: Places) -> None:
         """Show the codes of a whole frame to later frames, where these see more than the frame itself."""
         if self.by_layer:
             codes = self.codes.index_select(1, places.positions)
-            self.seen.index_copy_(1, places.own, self.prior.embedded(codes))
+            self.seen.index_copy_(1, places.own, self.prior._embedded(codes))
 
 
 def sample_naively(

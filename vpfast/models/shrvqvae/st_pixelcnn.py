@@ -75,24 +75,24 @@ class STPixelCNN(nn.Module):
         """
         self._check(codes)
         layers = range(self.config.layers)
-        features = self.features(self.begun(codes))
+        features = self._features(self._inputs_of_blocks(codes))
         if self.config.code_order == "layers":
             of_layers = features.unflatten(0, (-1, len(layers))).unbind(1)
         else:
             of_layers = (features,) * len(layers)
-        return torch.stack([self.logits_of(of_layers[i], i, codes[..., :i]) for i in layers], dim=-2)
+        return torch.stack([self._logits_of(of_layers[i], i, codes[..., :i]) for i in layers], dim=-2)
 
-    def begun(self, codes: Tensor) -> Tensor:
+    def _inputs_of_blocks(self, codes: Tensor) -> Tensor:
         """The input of the first block for a whole clip: codes (B, T, H, W, n) -> (B P, T, H, W, C).
 
         P is 1, or with ``code_order="layers"`` n, the passes of a clip one after another.
         """
         if self.config.code_order == "layers":
-            return self._entered_by_layer(codes)
-        embedded = self.embedded(codes)
-        return self.entered(embedded, embedded)
+            return self._inputs_by_layer(codes)
+        embedded = self._embedded(codes)
+        return self._after_stem(embedded, embedded)
 
-    def embedded(self, codes: Tensor, layers: range | None = None) -> Tensor:
+    def _embedded(self, codes: Tensor, layers: range | None = None) -> Tensor:
         """What the stem reads of each position, for itself: codes (..., n) -> (..., C).
 
         ``layers``: those that are looked at, all of them when None; ``codes`` needs to hold no others.
@@ -102,10 +102,10 @@ class STPixelCNN(nn.Module):
         mixed: Tensor = self.mix(sum(added[1:], added[0]))
         return mixed
 
-    def entered(self, past: Tensor, present: Tensor) -> Tensor:
+    def _after_stem(self, past: Tensor, present: Tensor) -> Tensor:
         """Stem, ``carry`` and positions, the input of the first block: (B P, T, H, W, C) as ``present``.
 
-        ``past`` (B, T, H, W, C) is :meth:`embedded` as later frames see it, ``present`` (B P, T, H, W, C) as the same
+        ``past`` (B, T, H, W, C) is :meth:`_embedded` as later frames see it, ``present`` (B P, T, H, W, C) as the same
         frame does: the same tensor, but for ``code_order="layers"``, where it is that of P passes for each clip.
         """
         passes = present.shape[0] // past.shape[0] if past.shape[0] else 1
@@ -116,19 +116,19 @@ class STPixelCNN(nn.Module):
         grid = (x.shape[1], x.shape[2], x.shape[3])
         return x + sinusoidal_positions(grid, x.shape[4], x.dtype, x.device)
 
-    def features(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         """All blocks and attentions: (B, T, H, W, C) -> (B, T, H, W, C)."""
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if self.attends_after(index):
+            if self._attends_after(index):
                 x = self.attentions[index // self.config.prior_attention_every](x)
         return x
 
-    def attends_after(self, block: int) -> bool:
+    def _attends_after(self, block: int) -> bool:
         """Whether ``attentions[block // prior_attention_every]`` follows ``blocks[block]`` (from 0)."""
         return len(self.attentions) > 0 and (block + 1) % self.config.prior_attention_every == 0
 
-    def logits_of(self, feature: Tensor, layer: int, codes_before: Tensor) -> Tensor:
+    def _logits_of(self, feature: Tensor, layer: int, codes_before: Tensor) -> Tensor:
         """The logits of one layer, (..., M), at positions where the last block gave ``feature`` (..., C).
 
         ``codes_before`` (..., layer) are the codes there of the layers before; ``layer`` counts from 0.
@@ -140,15 +140,15 @@ class STPixelCNN(nn.Module):
         logits: Tensor = self.heads[layer](self.mlp(x))
         return logits
 
-    def _entered_by_layer(self, codes: Tensor) -> Tensor:
+    def _inputs_by_layer(self, codes: Tensor) -> Tensor:
         """The input of the first block in every pass: (B n, T, H, W, C), the n passes of a clip one after another."""
         assert self.layer is not None
         layers = self.config.layers
-        alone = torch.stack([self.embedded(codes, range(i, i + 1)) for i in range(layers)], 1)
-        x: Tensor = self.entered(self.embedded(codes), alone.flatten(0, 1)).unflatten(0, (-1, layers))
+        alone = torch.stack([self._embedded(codes, range(i, i + 1)) for i in range(layers)], 1)
+        x: Tensor = self._after_stem(self._embedded(codes), alone.flatten(0, 1)).unflatten(0, (-1, layers))
         x = x + self.layer.weight[:, None, None, None]
         if self.context is not None:
-            below = torch.stack([self.embedded(codes, range(i)) for i in range(1, layers)], 1)
+            below = torch.stack([self._embedded(codes, range(i)) for i in range(1, layers)], 1)
             seen: Tensor = self.context(below.flatten(0, 2).movedim(-1, 1))
             seen = seen.movedim(1, -1).unflatten(0, below.shape[:3])
             x = torch.cat((x[:, :1], x[:, 1:] + seen), 1)
