@@ -29,19 +29,19 @@ class Optimized(Protocol):
 
 
 def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimized:
-    """``model``, ready for the fastest inference on the device that it is on.
+    """A copy of ``model`` for the fastest inference on the device that it is on.
 
     >>> fast = vpfast.optimize(model.eval())
     >>> future = fast.predict(frames, horizon=10)
     >>> stream = vpfast.Stream(fast)
 
-    Weights are copied: the model itself stays as it is, and training it further does not change what was made of it.
+    The model itself stays as it is. Weights are copied, so training it further does not change the copy.
 
     Args:
-        model: an MSPN, or an S-HR-VQVAE, in evaluation mode where it has batch norms.
-        dtype: ``torch.bfloat16`` computes in that type; frames and predictions keep the type of the model. None: the
-            type of the model, as exact as ``torch.get_float32_matmul_precision()`` asks: ``"highest"``, torch's
-            default, gives what float32 arithmetic gives, ``"high"`` less exact products at twice the speed.
+        model: an MSPN or an S-HR-VQVAE; in evaluation mode if it has batch norms.
+        dtype: ``torch.bfloat16`` computes in that type; frames and predictions keep the type of the model. None
+            computes in the type of the model, with the precision of ``torch.get_float32_matmul_precision()``:
+            ``"highest"``, torch's default, has the accuracy of float32; ``"high"`` is less accurate and twice as fast.
 
     Raises:
         TypeError: another model, or a type that is neither None nor bfloat16.

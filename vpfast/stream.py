@@ -29,31 +29,31 @@ class FramePredictor(Protocol[S]):
 
 
 class Stream(Generic[S]):
-    """Keeps a model's state between frames, without gradients. Neither its memory nor its time grows with the frames.
+    """Predicts a video frame by frame, without gradients. Neither memory nor time per frame grows with the video.
 
     >>> stream = Stream(model.eval())
     >>> for frame in camera:
     ...     next_frame = stream.push(frame)
     >>> second_ahead = stream.rollout(25)
 
-    A frame is (C, H, W), or (B, C, H, W) for several videos side by side; what comes back has the same dimensions.
+    A frame is (C, H, W), or (B, C, H, W) for several videos side by side; predictions have the same dimensions.
 
-    An MSPN is recurrent: its state has one size and a frame costs one evaluation. What ``push`` returns is
-    ``model.predict(frames, 1)`` and ``rollout(k)`` is ``model.predict(frames, k)`` for all frames so far.
+    An MSPN is recurrent: its state has a fixed size, and a frame costs one evaluation. With ``frames`` all frames so
+    far, ``push`` returns ``model.predict(frames, 1)`` and ``rollout(k)`` returns ``model.predict(frames, k)``.
 
-    An S-HR-VQVAE keeps the codes of the last ``context`` frames, looks at all of them again for each frame, and samples
-    the codes of the next. With ``recent`` the last ``context`` frames, or all of them while they are fewer, ``push``
-    returns ``model.predict(recent, 1)`` and ``rollout(k)`` is ``model.predict(recent, k)``.
+    An S-HR-VQVAE keeps the codes of the last ``context`` frames; for each frame it evaluates them again and samples the
+    codes of the next one. With ``recent`` the last ``context`` frames (all, while they are fewer), ``push`` returns
+    ``model.predict(recent, 1)`` and ``rollout(k)`` returns ``model.predict(recent, k)``.
 
     Args:
         model: an MSPN or S-HR-VQVAE, what ``vpfast.optimize`` makes of one, or another with their ``init_state``,
             ``step`` and ``peek``.
-        context: how many frames an S-HR-VQVAE remembers, at least 1; by default 10, which is what the papers train
-            with. More than a model was trained with asks it for what it never saw. An MSPN takes none.
+        context: how many frames an S-HR-VQVAE keeps, at least 1; by default 10, the number that the papers train with.
+            A model may predict badly from more frames than it was trained with. None for an MSPN.
 
     Raises:
         TypeError: a context that is no integer.
-        ValueError: a context below 1, or one for a model that has no use for it.
+        ValueError: a context below 1, or one given with an MSPN.
     """
 
     def __init__(self, model: FramePredictor[S], context: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Video in: moving digits, folders of videos, single videos. Every clip is float32 (T, C, H, W) in [0, 1]."""
+"""Reading videos: moving digits, folders of videos, single videos. Every clip is float32 (T, C, H, W) in [0, 1]."""
 
 from vpfast.data.errors import DataError, VideoError
 from vpfast.data.idx import read_idx

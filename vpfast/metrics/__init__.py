@@ -1,4 +1,4 @@
-"""How far predicted frames are from real ones, under named protocols."""
+"""The errors of predicted frames, under named protocols: MSE, MAE, PSNR, SSIM and LPIPS."""
 
 from vpfast.metrics.perceptual import Perceptual
 from vpfast.metrics.protocols import EXACT_PSNR, PROTOCOLS

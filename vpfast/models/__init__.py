@@ -1,4 +1,4 @@
-"""The video prediction networks, and how they are saved and loaded."""
+"""The video prediction networks, and functions to save and load them."""
 
 from vpfast.models.graphed_step import GraphedStep
 from vpfast.models.mspn import MSPN, MSPNConfig, MSPNOutput

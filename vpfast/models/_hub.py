@@ -39,7 +39,7 @@ class Pretrained:
 
         A model that was loaded from a folder of ``vpfast train``, and is as it was loaded, takes ``training.json`` with
         it: how it was trained, and so on which clips ``vpfast evaluate`` measures it. Of absolute paths in it only the
-        last part is kept. Where that is not known no ``training.json`` is written.
+        last part is kept. If it is not known how the model was trained, no ``training.json`` is written.
 
         Args:
             save_directory: the folder, made where it is missing; other files in it are left alone.

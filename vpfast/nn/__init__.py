@@ -1,4 +1,4 @@
-"""Drop-in modules: recurrent cells, a vector quantizer, and what a masked network over (t, y, x) is made of."""
+"""Drop-in modules: recurrent cells, a vector quantizer, and causal attention and convolution over (t, y, x)."""
 
 from vpfast.nn.convlstm import ConvLSTMCell
 from vpfast.nn.edlstm import EDLSTMCell

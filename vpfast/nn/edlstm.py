@@ -28,7 +28,8 @@ from vpfast.ops import edlstm_gates
 class EDLSTMCell(nn.Module):
     """An LSTM cell on maps that computes its gates with an encoder-decoder network, skips included.
 
-    It takes the place of a ConvLSTM cell and sees as far as its encoder is deep; the LSTM gating is one kernel.
+    It can replace a ConvLSTM cell; its receptive field grows with the depth of the encoder. The LSTM gating is one
+    kernel.
 
     Args:
         in_channels: channels of the input.

@@ -24,7 +24,7 @@ from vpfast.ops import edlstm_gates
 
 
 class EncLSTMDecCell(nn.Module):
-    """The recurrent cell of the ablation in the paper's Table VI: the LSTM sees the encoded maps alone.
+    """The recurrent cell of the ablation in the paper's Table VI: the LSTM runs on the encoded maps only.
 
     Its state is (B, channels[-1], H/factor, W/factor) with factor = ``2 ** (len(channels) - 1)``, its output
     (B, out_channels, H, W).

@@ -37,7 +37,7 @@ class LossBreakdown(NamedTuple):
 
 
 class HierarchicalResidualVQ(nn.Module):
-    """Replaces vectors by sums of n codewords, found layer by layer, in one kernel.
+    """Vector quantization in n layers: replaces each vector by a sum of n codewords, in one kernel.
 
     Layer i takes the codeword nearest to the residual xi^(i-1) = z - e^1 - ... - e^(i-1) (Eq. 3). In a strict tree it
     searches only the codebook that belongs to the codeword of layer i - 1; with ``strict_tree=False`` every layer has

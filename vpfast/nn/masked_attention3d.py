@@ -14,7 +14,7 @@ Grid = tuple[int, int, int]
 
 
 class AttentionCache(NamedTuple):
-    """What :meth:`MaskedAttention3d.extend` keeps of the positions so far.
+    """The keys and values that :meth:`MaskedAttention3d.extend` has computed so far.
 
     ``keys`` and ``values`` (B, heads, T H W, head_dim) hold anything where nothing has been written. ``grid``: (T, H,
     W). ``positions`` (T H W, dim): what is added to the input; None where the module adds nothing.
@@ -29,8 +29,8 @@ class AttentionCache(NamedTuple):
 class MaskedAttention3d(nn.Module):
     """Self-attention of maps (B, dim, T, H, W) under a mask of rules on (t, y, x), in O(T H W) memory.
 
-    One linear layer makes queries, keys and values, another one takes the heads back to ``dim``: parameters ``qkv``
-    and ``output``. There is no normalisation and no residual.
+    One linear layer, ``qkv``, computes queries, keys and values; another, ``output``, maps the heads back to ``dim``.
+    There is no normalisation and no residual.
 
     Args:
         dim: channels of input and output.

@@ -14,10 +14,10 @@ Conditioning = Literal["raster", "eq6", "past_frames"]
 
 
 class MaskedConv3d(nn.Module):
-    """A convolution of maps (B, C, T, H, W) whose output at frame t, raster position j depends on what precedes.
+    """A causal convolution of maps (B, C, T, H, W): outputs depend on earlier frames and positions.
 
-    The kernel covers the present frame and kt - 1 past ones, kh x kw positions of each. Of these taps a frame has the
-    first so many in raster order; c is the number of taps before the centre:
+    The kernel covers kh x kw positions of the present frame and of kt - 1 past ones. Of each frame it uses the
+    following number of taps, the first ones in raster order; c is the number of taps before the centre:
 
     ===============  ====================  ====================
     conditioning     mask A: past, present mask B: past, present
@@ -27,13 +27,12 @@ class MaskedConv3d(nn.Module):
     ``past_frames``  all, none             all, all
     ===============  ====================  ====================
 
-    Mask A takes codes to features that do not know the code at their own place, mask B such features to others. One A
-    and any number of B after it never leak: under ``raster`` the feature at (t, j) knows all of the past frames within
-    reach and what comes before j in frame t; under ``eq6`` (Eq. 6, literally) what comes before j in past frames, and
-    B may look at the features of earlier positions, t' <= t and j' <= j, since those know less; under ``past_frames``
-    the features of a frame know past frames only, so that B may look anywhere in it.
+    The first convolution on codes has mask A: its features do not depend on the code at their own position. All later
+    ones have mask B. Such a stack never leaks. Within its receptive field, the feature at (t, j) depends under
+    ``raster`` on all of the past frames and on the positions before j of frame t; under ``eq6`` (Eq. 6, literally) on
+    the positions before j of past frames; under ``past_frames`` on past frames only.
 
-    Taps that are masked do not exist. Parameters are ``past`` (out, in, kt - 1, taps), the oldest frame first,
+    There are no parameters for masked taps. Parameters are ``past`` (out, in, kt - 1, taps), the oldest frame first,
     ``present`` (out, in, taps), each absent where it has no taps, and ``bias`` (out,). Outside of the maps are zeros.
     It is computed as convolutions of single frames, with the taps filled up to whole rows.
 

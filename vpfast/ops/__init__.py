@@ -1,4 +1,4 @@
-"""The operators. Each is a function here and a room of its own below; each has a plain PyTorch reference."""
+"""The operators: functions with compiled kernels, each with a plain PyTorch reference in a folder of its own."""
 
 from vpfast.ops import _plane_convolution as _plane_convolution  # these register operators that are not public
 from vpfast.ops import _sample_codes as _sample_codes

@@ -37,15 +37,16 @@ class BackendError(RuntimeError):
 
 
 class backend:
-    """Choose which implementation the operators use, for good or within a block.
+    """Choose which implementation of the operators is used, from now on or within a block.
 
     ``vpfast.backend("reference")`` as a statement sets the choice for the whole process; ``with
     vpfast.backend("reference"):`` restores the previous one at the end of the block.
 
-    ``"auto"`` (the default) takes the compiled kernel, then Triton on a GPU; on the CPU it ends at the plain PyTorch
-    reference, on a GPU at an error, never at a silently slow path. ``"native"``, ``"triton"`` and ``"reference"``
-    insist on one. The choice is read when an operator is called, or traced by ``torch.compile`` and ``torch.export``.
-    It belongs to the process, not to a thread. The environment's ``VPFAST_BACKEND`` is what a process begins with.
+    ``"auto"`` (the default) takes the compiled kernel if there is one. Otherwise it takes the plain PyTorch reference
+    on the CPU, and on a GPU Triton, or raises an error; it never takes a slow path silently. ``"native"``, ``"triton"``
+    and ``"reference"`` take that implementation or raise an error. The choice is read when an operator is called, or
+    traced by ``torch.compile`` and ``torch.export``. It holds for the whole process, not for a thread. A process starts
+    with the choice in the environment variable ``VPFAST_BACKEND``.
 
     Raises:
         ValueError: the name is none of these four.
@@ -73,7 +74,7 @@ class backend:
 
 
 def current_backend() -> str:
-    """The name last chosen with :class:`backend`.
+    """The name that was last chosen with :class:`backend`.
 
     Raises:
         ValueError: it comes from the environment's ``VPFAST_BACKEND`` and is unknown.

@@ -1,4 +1,4 @@
-"""Training: a run from its configuration to its weights. Needs ``pip install 'vpfast[cli]'``."""
+"""Training, from a configuration to weights, and evaluation. Needs ``pip install 'vpfast[cli]'``."""
 
 from vpfast.training.checkpoint import read_weights
 from vpfast.training.clips import dataset

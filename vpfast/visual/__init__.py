@@ -1,4 +1,4 @@
-"""Pictures out: films as GIF and MP4, strips, curves and layers of codes as PNG, and pages that hold all of it."""
+"""Writing pictures: videos as GIF and MP4; strips, curves and layers of codes as PNG; HTML pages with all of them."""
 
 from vpfast.visual.corruption import fragment_blur, gaussian_blur, gaussian_noise, salt_and_pepper
 from vpfast.visual.curves import Series, write_curves, write_frame_curves

@@ -65,9 +65,9 @@ def shrink(maps: Tensor, factor: int, mode: DownSampling) -> Tensor:
 class MSPN(nn.Module, Pretrained):
     """Predicts the next frame at several scales, coarse to fine, from its own prediction errors.
 
-    At each step the levels run from the coarsest to the finest; each sees its own last error, the last error of the
-    level below it and the prediction of the level above it. Then the frame is looked at, and the errors are formed.
-    Once real frames run out the finest prediction takes their place.
+    In each step the levels run from the coarsest to the finest. The inputs of a level are its own last error, the last
+    error of the next finer level and the prediction of the next coarser one. Then the frame is compared with the
+    predictions, which gives the errors. After the last real frame, the finest prediction is used as the frame.
 
     Frames are floating point in [0, 1] and of the type of the weights, H and W multiples of ``config.multiple``.
     Under autocast and in half precision the cell states stay float32. A model in channels_last keeps that layout. With
@@ -132,7 +132,7 @@ class MSPN(nn.Module, Pretrained):
 
     @torch.no_grad()
     def predict(self, frames: Tensor, horizon: int) -> Tensor:
-        """The future alone, without gradients: (B, T, C, H, W) -> (B, horizon, C, H, W). Errors as in ``forward``."""
+        """The next frames, without gradients: (B, T, C, H, W) -> (B, horizon, C, H, W). Errors as in ``forward``."""
         finest: Tensor = self(frames, horizon).predictions[0]
         return finest[:, frames.shape[1] :]
 

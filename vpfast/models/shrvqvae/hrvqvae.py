@@ -46,11 +46,12 @@ class HRVQVAEOutput(NamedTuple):
 
 @storable("hrvqvae", SHRVQVAEConfig)
 class HRVQVAE(nn.Module, Pretrained):
-    """Turns frames into a few integers a position and back, each frame for itself.
+    """The autoencoder: turns each frame into a few integers per position, its codes, and back.
 
-    The encoder makes maps (D, H / m, W / m) of a frame, m = ``config.multiple``; the quantizer replaces the vector at
-    every position by a sum of n codewords, each of the codebook that the codeword before it selects (Eq. 3); the
-    decoder makes the frame of them. Gradients pass the quantizer straight through, once, on the sum e_C.
+    The encoder turns a frame into a map (D, H / m, W / m), m = ``config.multiple``. The quantizer replaces the vector
+    at every position by a sum e_C of n codewords, each from the codebook that the codeword before it selects (Eq. 3).
+    The decoder turns the map of sums into a frame. The gradient of e_C is passed to the encoder unchanged
+    (straight-through).
 
     Frames are floating point in [0, 1] and of the type of the weights, (B, T, C, H, W) or (T, C, H, W), H and W
     multiples of m.

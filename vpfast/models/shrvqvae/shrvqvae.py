@@ -54,7 +54,7 @@ class SHRVQVAEState(NamedTuple):
 
 @storable("shrvqvae", SHRVQVAEConfig)
 class SHRVQVAE(nn.Module, Pretrained):
-    """Predicts video as codes: an HR-VQVAE makes them of each frame and back, a prior continues them in time.
+    """Predicts video as codes: an HR-VQVAE encodes and decodes frames, a prior predicts the codes of the next ones.
 
     ``autoencoder`` is the :class:`HRVQVAE`, ``prior`` the :class:`STPixelCNN`. Both are trained one after the other
     (``hrvqvae_loss``, ``prior_loss``), then together (``joint_loss``).
@@ -213,7 +213,7 @@ class SHRVQVAE(nn.Module, Pretrained):
 
     @torch.no_grad()
     def rollout(self, state: SHRVQVAEState, count: int) -> Tensor:
-        """What ``count`` times ``step`` with None would predict, (B, count, C, H, W), without moving on.
+        """The next ``count`` frames, (B, count, C, H, W), without moving on: what ``count`` steps with None predict.
 
         The codes known, and those that ``state`` holds ahead, are looked at once in place of ``count`` times.
 

@@ -18,9 +18,9 @@ _MAX_LAYERS = 16
 
 
 def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = True) -> tuple[Tensor, Tensor]:
-    """The nearest codeword of every layer, each layer searching what the layers before it left over.
+    """The nearest codeword in every layer; each layer quantizes the residual of the layers before it.
 
-    S-HR-VQVAE paper, Eq. 3; with ``strict_tree=False`` residual vector quantization, with one codebook plain vector
+    S-HR-VQVAE paper, Eq. 3; ``strict_tree=False`` is residual vector quantization, one codebook is plain vector
     quantization. Layer i takes the codeword nearest to the residual xi^(i-1) = z - e^1 - ... - e^(i-1).
 
     Args:
@@ -37,9 +37,9 @@ def codeword_search(z: Tensor, codebooks: Sequence[Tensor], strict_tree: bool = 
 
     Differentiable once, in the codebooks: ``quantized`` gives its gradient to each codeword it is the sum of. ``z``
     gets none, for the codes are piecewise constant in it; :func:`codeword_search_train` has the straight-through one.
-    Under ``torch.func.vmap`` what is mapped of ``z`` makes one search, and mapped codebooks are searched one after
-    another; under its transforms that differentiate, and forward-mode differentiation, the plain PyTorch reference
-    computes. Results are bitwise repeatable whatever the number of threads. Under autocast the search is float32.
+    ``torch.func.vmap`` over ``z`` makes one search; over codebooks, one search for each. ``torch.func``'s derivatives
+    and forward-mode differentiation use the plain PyTorch reference. Results are bitwise repeatable whatever the number
+    of threads. Under autocast the search is float32.
 
     A distance that is NaN or infinite never wins, and where none wins the index is 0. A vector that holds NaN or
     infinity gets indices 0 and a quantized vector of NaN.

@@ -27,10 +27,10 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str = "fiog") -> tuple[Te
         ``h`` (B, C, *) in the type of ``gates`` and ``c`` (B, C, *) in the type of ``c_prev``; both channels_last
         where ``gates`` is, else contiguous. Arithmetic is float32 for half-precision gates.
 
-    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. Under ``torch.func.vmap`` all that
-    is mapped makes one batch; under its transforms that differentiate, and forward-mode differentiation, the plain
-    PyTorch reference computes. Results are bitwise repeatable whatever the number of threads. NaN in gives NaN out.
-    Under autocast the cell state is float32.
+    Differentiable once in both inputs; backward keeps ``gates`` and ``c_prev`` only. ``torch.func.vmap`` makes one
+    batch of what it maps; ``torch.func``'s derivatives and forward-mode differentiation use the plain PyTorch
+    reference. Results are bitwise repeatable whatever the number of threads. NaN in gives NaN out. Under autocast the
+    cell state is float32.
 
     Raises:
         TypeError: a type that is not supported, or two that do not go together.

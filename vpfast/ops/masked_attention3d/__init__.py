@@ -21,10 +21,10 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def masked_attention3d(
     q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], mask: Mask3d, scale: float | None = None
 ) -> Tensor:
-    """Attention of every position of a clip to those that ``mask`` lets it see: ``softmax(scale q k^T) v`` over them.
+    """Attention of every position of a clip to those that ``mask`` allows: ``softmax(scale q k^T) v`` over them.
 
-    S-HR-VQVAE paper, section 4.3. The mask is a rule on (t, y, x) and never a tensor: memory is that of the inputs and
-    outputs, and what is hidden from a whole tile of queries costs nothing.
+    S-HR-VQVAE paper, section 4.3. The mask is a rule on (t, y, x), never a tensor. Memory is that of the inputs and
+    outputs, and keys that are hidden from a whole tile of queries cost nothing.
 
     Args:
         q: (B, heads, T H W, d) queries in raster order (t, then y, then x), any strides, any d from 1. float64,
@@ -40,11 +40,10 @@ def masked_attention3d(
         no key gets 0, and gradients of 0.
 
     Differentiable once in ``q``, ``k`` and ``v``; backward keeps those, the result and one number a query, and
-    recomputes the rest. Under ``torch.func.vmap`` all that is mapped makes one batch; under its transforms that
-    differentiate, and forward-mode differentiation, the plain PyTorch reference computes, whose memory is quadratic.
-    Results are bitwise repeatable whatever the number of threads. NaN and infinity count where they are seen, as in a
-    softmax, and nowhere else. Under autocast the type is autocast's, as for
-    ``torch.nn.functional.scaled_dot_product_attention``.
+    recomputes the rest. ``torch.func.vmap`` makes one batch of what it maps; ``torch.func``'s derivatives and
+    forward-mode differentiation use the plain PyTorch reference, whose memory is quadratic. Results are bitwise
+    repeatable whatever the number of threads. NaN and infinity affect the queries that see them, as in a softmax, and
+    no others. Under autocast the type is autocast's, as for ``torch.nn.functional.scaled_dot_product_attention``.
 
     Raises:
         TypeError: a type that is not supported, types that differ, or a mask that is no :class:`Mask3d`.
@@ -81,10 +80,10 @@ def masked_attention3d_decode(
     mask: Mask3d,
     scale: float | None = None,
 ) -> Tensor:
-    """The rows of :func:`masked_attention3d` of a few queries, from keys and values cached so far.
+    """The output of :func:`masked_attention3d` for a few queries, from cached keys and values.
 
-    Of the caches only what a query sees is read: the rest may be uninitialised. For inference, where positions come one
-    or a few at a time.
+    Only the cache entries that a query sees are read; the others may be uninitialised. For inference, where positions
+    are computed one or a few at a time.
 
     Args:
         q: (B, heads, n, d), the queries at ``positions``. float64, float32, float16 or bfloat16.
