@@ -1,8 +1,8 @@
-"""Train an MSPN on, on a folder of videos of your own. Needs ``pip install 'vpfast[cli]'``.
+"""Fine-tune an MSPN on a folder of videos. Needs ``pip install 'vpfast[cli]'``.
 
     python examples/finetune_folder.py run/weights VIDEOS tuned --steps 2000
 
-Every fifth video is held apart, and the weights that predict those best are kept.
+Every fifth video is held out. The weights that predict the held-out videos best are kept.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from vpfast.models.mspn import pixel_loss
 
 
 def error(model: MSPN, clips: DataLoader[Tensor], context: int, horizon: int) -> float:
-    """Mean squared error of what is predicted of videos that training does not see."""
+    """Mean squared error of the predictions for held-out videos."""
     metrics = VideoMetrics()
     model.eval()
     for clip in clips:
@@ -36,15 +36,13 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("videos", type=Path, help="a folder of videos, or of folders of frames")
     parser.add_argument("out", help="the folder of the new weights")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--every", type=int, default=200, help="steps from one look at the videos held apart to the next"
-    )
+    parser.add_argument("--every", type=int, default=200, help="measure on the held-out videos every so many steps")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--context", type=int, default=10)
     parser.add_argument("--horizon", type=int, default=10)
-    parser.add_argument("--cache", help="where decoded videos are kept")
+    parser.add_argument("--cache", help="the folder for decoded videos (default: that of VideoFolder)")
     return parser
 
 
@@ -56,7 +54,7 @@ def main() -> None:
         parser.error(f"{asked.weights} holds a {type(model).__name__}, must be an MSPN")
     names = [path.relative_to(asked.videos).as_posix() for path in find_videos(asked.videos)]
     if len(names) < 2:
-        parser.error(f"{asked.videos} holds one video; two are needed, one to train on and one to look at")
+        parser.error(f"{asked.videos} holds one video; two are needed, one to train on and one held out")
     apart = [escape(name) for name in names[::5]]
     shape = {"size": asked.size, "channels": model.config.in_channels, "fit": "crop"}
     given = {"length": asked.context + asked.horizon, "cache": asked.cache, **shape}

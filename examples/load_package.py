@@ -1,4 +1,4 @@
-"""Predict with a model that was exported, where vpfast's operators are installed and its models are not needed.
+"""Predict with an exported model. vpfast's operators must be installed; the code of its models is not used.
 
     vpfast export --weights run/weights --frames 10 --size 64 64 --horizon 10 --out model.pt2
     python examples/load_package.py model.pt2 frames.npy prediction.npy

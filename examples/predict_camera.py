@@ -1,10 +1,10 @@
-"""Predict what a camera will see next, frame after frame, as long as it runs. Needs ``pip install 'vpfast[cli]'``.
+"""Predict the next frame of a camera, again and again. Needs ``pip install 'vpfast[cli]'``.
 
     python examples/predict_camera.py run/weights /dev/video0        # a webcam of Linux, by FFmpeg
     python examples/predict_camera.py run/weights clip.mp4 --pace    # a video in place of one, at its own speed
 
-A thread reads the camera and keeps the newest frame alone, so a frame that comes while another one is being predicted
-is missed and the prediction never lags behind. ``vpfast predict --live`` shows and measures more of videos.
+A thread reads the camera and keeps only the newest frame. A frame that arrives while another is being predicted is
+dropped, so the prediction never lags behind. ``vpfast predict --live`` does this for video files and reports more.
 """
 
 import queue
@@ -26,7 +26,7 @@ SIZE = (64, 64)
 
 
 def camera(source: str, pace: bool) -> Iterator[Tensor]:
-    """RGB frames as they come, uint8 (C, H, W)."""
+    """RGB frames as they arrive, uint8 (C, H, W)."""
     with av.open(source, format="v4l2" if source.startswith("/dev/") else None) as video:
         rate = float(video.streams.video[0].average_rate or 25)
         begin = time.monotonic()
@@ -37,7 +37,7 @@ def camera(source: str, pace: bool) -> Iterator[Tensor]:
 
 
 def newest(frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The newest frame whenever one is asked for; those that were not asked for in time are dropped."""
+    """The newest frame at each call; older frames that were not taken are dropped."""
     waiting: queue.Queue[Tensor | Exception | None] = queue.Queue(maxsize=1)
 
     def put(item: Tensor | Exception | None) -> None:

@@ -1,11 +1,11 @@
-"""Make of a trained run a folder to share: the weights, how they were trained, and a model card with what was measured.
+"""Measure a trained model and write a folder to share: weights, training configuration and a model card.
 Needs ``pip install 'vpfast[cli]'``.
 
     python examples/publish_model.py runs/mspn-one-digit shared/mspn-one-digit --name me/mspn-one-digit --license mit \\
         --command "vpfast train --config mspn/one-digit --out runs/mspn-one-digit" --about "Moves one digit."
     hf upload me/mspn-one-digit shared/mspn-one-digit        # with the extra vpfast[hub]
 
-The models that come with vpfast were made so.
+The models that come with vpfast were published in this way.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     model, config = read_weights(asked.run, nn.Module)
     assert isinstance(model, MSPN | HRVQVAE | SHRVQVAE)
     if config is None:
-        parser.error(f"{asked.run} does not tell how it was trained, nor so on which clips it can be measured")
+        parser.error(f"{asked.run} has no training.json, which says on which clips the model is measured")
     texts = {"name": asked.name or asked.out.name, "license": asked.license, "about": asked.about}
     texts["training"] = training(config, asked.run, asked.command, asked.took)
     texts["quality"] = quality(model, config, asked.context, asked.horizon, asked.clips)

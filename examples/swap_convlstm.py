@@ -1,4 +1,4 @@
-"""A ConvLSTM cell as most repositories have it, and the cell that takes its place with its weights.
+"""Replace the usual ConvLSTM cell by the one of vpfast, with the same weights.
 
 python examples/swap_convlstm.py
 """

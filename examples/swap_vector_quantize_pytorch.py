@@ -1,10 +1,10 @@
-"""vector-quantize-pytorch's ResidualVQ, and what takes its place: trained side by side on the same vectors.
+"""Replace vector-quantize-pytorch's ResidualVQ: both are trained on the same vectors and compared.
 
     pip install vector-quantize-pytorch
     python examples/swap_vector_quantize_pytorch.py
 
-The swap is one line, and ``strict_tree=False`` for the quantizer that was there before. Left out, every codeword has a
-codebook of its own below it, and as many comparisons reach far more leaves.
+Only the class changes. ``strict_tree=False`` is the quantizer that was there before. By default every codeword has its
+own codebook in the next layer, so that the same number of comparisons chooses among far more sums of codewords.
 """
 
 import sys
@@ -35,7 +35,7 @@ def vectors(count: int, generator: torch.Generator) -> Tensor:
 
 
 def error_after(quantizer: nn.Module, steps: int, count: int) -> float:
-    """Mean squared error on vectors that were not trained on. Both packages are called alike, and return alike."""
+    """Mean squared error on held-out vectors. Both packages have the same calls and results."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         quantizer(vectors(count, generator))  # its losses are for the encoder, where there is one

@@ -34,7 +34,7 @@ import torch
 from vpfast.models import $kind
 
 model = $kind.from_pretrained("$name")
-frames = torch.rand($shape)  # (B, T, C, H, W), those of a video
+frames = torch.rand($shape)  # (B, T, C, H, W), of a video
 $use
 ```
 
@@ -51,13 +51,13 @@ _SHRVQVAE = (
 )
 _ABOUT = {
     "MSPN": (
-        "Predicts the frames that follow those of a video. The network: *Predictive Coding Based Multiscale Network "
+        "Predicts the next frames of a video. The network: *Predictive Coding Based Multiscale Network "
         "with Encoder-Decoder LSTM for Video Prediction*, Ling et al."
     ),
-    "HRVQVAE": f"Turns each frame of a video into layers of small integers and back. The network: {_SHRVQVAE}",
-    "SHRVQVAE": f"Predicts the frames that follow those of a video, by way of their codes. The networks: {_SHRVQVAE}",
+    "HRVQVAE": f"Turns frames of a video into layers of small integers, their codes, and back. The network: {_SHRVQVAE}",
+    "SHRVQVAE": f"Predicts the next frames of a video: encodes frames, predicts codes, decodes them. {_SHRVQVAE}",
 }
-_PREDICT = "future = model.predict(frames, horizon=10)  # the 10 frames that follow"
+_PREDICT = "future = model.predict(frames, horizon=10)  # the next 10 frames"
 _CODE = "codes = model.encode(frames)\nagain = model.decode(codes)"
 
 
