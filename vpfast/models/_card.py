@@ -54,7 +54,7 @@ _ABOUT = {
         "Predicts the next frames of a video. The network: *Predictive Coding Based Multiscale Network "
         "with Encoder-Decoder LSTM for Video Prediction*, Ling et al."
     ),
-    "HRVQVAE": f"Turns frames of a video into layers of small integers, their codes, and back. The network: {_SHRVQVAE}",
+    "HRVQVAE": f"Turns frames of a video into layers of integers, their codes, and back. The network: {_SHRVQVAE}",
     "SHRVQVAE": f"Predicts the next frames of a video: encodes frames, predicts codes, decodes them. {_SHRVQVAE}",
 }
 _PREDICT = "future = model.predict(frames, horizon=10)  # the next 10 frames"
