@@ -2,8 +2,8 @@
 
 
 class DataError(ValueError):
-    """A file of data that is missing, damaged or not what it says. The message names the file, and where in it."""
+    """A data file that is missing, damaged or of another format. The message names the file and the place in it."""
 
 
 class VideoError(DataError):
-    """A video, a folder of frames or a folder of videos that cannot be used. The message names the path."""
+    """A video, a folder of frames or a folder of videos that cannot be read. The message names the path."""

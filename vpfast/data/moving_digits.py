@@ -26,12 +26,12 @@ _IDX_ENDINGS = ("-idx3-ubyte", "-idx3-ubyte.gz", ".idx3-ubyte", ".idx3-ubyte.gz"
 class MovingDigits(Dataset[Tensor]):
     """Clips of digits at constant speed in a random direction, merged by maximum: float32 (T, 1, size, size) in [0, 1].
 
-    The conventions are those of Moving MNIST as OpenSTL generates it: start and direction uniform, ``speed`` the way
-    covered in one frame as a fraction of the range ``size - digit_size`` (0.1 of 36 px), a digit that meets a wall
-    stops there for the frame and turns back, positions are rounded down to whole pixels.
+    As OpenSTL generates Moving MNIST: start and direction are uniform; ``speed`` is the distance per frame as a
+    fraction of ``size - digit_size`` (0.1 of 36 pixels); a digit that meets a wall stays there for that frame and turns
+    back; positions are rounded down to whole pixels.
 
-    A clip depends on (``seed``, ``split``, index) and on nothing else: not on the order of access, the worker, the
-    process, or any global random state.
+    A clip depends only on (``seed``, ``split``, index): not on the order of access, the worker, the process, or any
+    global random state.
 
     Args:
         source: where the digits come from.

@@ -209,8 +209,8 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
 class PreparedClips(Dataset[Tensor]):
     """Windows of consecutive frames from one split of a prepared set: float32 (length, C, H, W) in [0, 1].
 
-    Only the frames asked for are read, by memory map. The windows come in the order of the index. A recording too short
-    for one is left out; how many were is told once, in a warning. The data set pickles without its frames.
+    Only the frames of a clip are read, through a memory map. Windows are in the order of the index. Recordings that are
+    too short for one are left out, and a warning says how many. The data set pickles without its frames.
 
     Args:
         root: the folder that ``vpfast data prepare`` wrote.

@@ -28,13 +28,13 @@ def parse_size(size: Size) -> tuple[int, int] | None:
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int], fit: Fit = "squash") -> Tensor:
-    """Frames of another size, as every source of clips here makes them: uint8 (T, C, H, W) -> uint8 (T, C, *size).
+    """Resize frames, as all data sets here do: uint8 (T, C, H, W) -> uint8 (T, C, *size).
 
-    ``fit="squash"`` keeps the whole picture and lets its proportions go, as the KTH literature does (160x120 to
-    128x128); ``"crop"`` keeps the proportions: the frame is resized to cover ``size``, then its centre cut out, as
-    PredNet does. Bilinear with antialiasing (each output pixel averages the whole area it covers), by PyTorch and not
-    by the video decoder: the result is then the same for videos and image files, and does not depend on the pixel
-    format or on the build of FFmpeg.
+    ``fit="squash"`` keeps the whole picture and not its proportions, as the KTH literature does (160x120 to 128x128).
+    ``"crop"`` keeps the proportions: the frame is resized to cover ``size``, then its centre is cut out, as PredNet
+    does. Bilinear with antialiasing (each output pixel averages the whole area it covers), by PyTorch and not by the
+    video decoder: the result is then the same for videos and image files, and does not depend on the pixel format or on
+    the build of FFmpeg.
 
     Raises:
         ValueError: another ``fit``.
@@ -70,8 +70,8 @@ def _interpolated(frames: Tensor, size: tuple[int, int]) -> Tensor:
 def to_grey(frames: Tensor) -> Tensor:
     """uint8 RGB (T, 3, H, W) -> uint8 (T, 1, H, W): luma (BT.601 weights, rounded), or channel 0 of a grey frame.
 
-    A frame is grey where its channels nowhere differ by more than three steps. That is what one step of chroma comes
-    to, by which some frames of coded grey film are off (KTH's are), and channel 0 is what the literature takes there.
+    A frame counts as grey if its channels differ by at most three steps in every pixel. One step of chroma gives that
+    difference, and video codecs produce it in grey videos (KTH's). The literature uses channel 0 there.
     """
     red, green, blue = frames.to(torch.int32).unbind(dim=1)
     luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16

@@ -44,17 +44,17 @@ def read_video(
 ) -> Tensor:
     """Read a video file or a folder of images: uint8 (T, C, H, W), RGB or grey.
 
-    Frames come as they are stored, one after another: a variable frame rate is not evened out. Rotation that the file
-    asks for (phones do) is applied where it is a multiple of 90 degrees. Images of a folder are taken in natural
-    order, ``frame2`` before ``frame10``.
+    Frames are returned as they are stored; a variable frame rate is not corrected. A rotation in the file's metadata,
+    as phones write it, is applied if it is a multiple of 90 degrees. Images of a folder are in natural order,
+    ``frame2`` before ``frame10``.
 
     Args:
         path: video file (avi, mp4, mov, mkv, webm, gif, ...) or folder with png, jpg, bmp, ... images.
         size: ``None`` keeps the video's own size; an int is the side of a square; else (height, width).
         channels: 3 for RGB as FFmpeg's ``rgb24``; 1 for grey, its luma (BT.601) or, in a grey video, its channel 0.
         start, count: the first frame, from 0, and how many; ``None`` takes all that follow.
-        fit: how a ``size`` of other proportions is met, ``"squash"`` or ``"crop"`` (the centre).
-        at_least: how few frames will do; by default ``count``, or 1 without one.
+        fit: how frames of other proportions are resized to ``size``: ``"squash"``, or ``"crop"`` to the centre.
+        at_least: the least number of frames, fewer are an error; by default ``count``, or 1 without one.
 
     Raises:
         VideoError: missing, unreadable, empty, damaged, cut off, no video in it, fewer frames than asked; names the

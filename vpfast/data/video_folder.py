@@ -58,7 +58,7 @@ class VideoFolder(Dataset[Tensor]):
     A video too short for one window is left out with a warning.
 
     Args:
-        root: folder of videos, searched through and through; or one video.
+        root: a folder of videos, also in folders below it; or one video.
         length: frames a clip.
         size: ``None`` keeps the videos' own size, which must then be one; an int is a square; else (height, width).
         channels: 3 (RGB) or 1 (grey, see :func:`vpfast.data.read_video`).
@@ -66,7 +66,7 @@ class VideoFolder(Dataset[Tensor]):
         include, exclude: patterns on the path relative to ``root``, with ``/`` between its parts. ``*`` matches across
             ``/`` too: ``"*walking*"``, ``"set0[1-5]/*"``. A video needs one of ``include`` and none of ``exclude``.
         cache: folder for the decoded arrays; default ``$VPFAST_CACHE`` or ``~/.cache/vpfast``.
-        fit: how a ``size`` of other proportions is met: ``"squash"``, or ``"crop"`` to the centre.
+        fit: how frames of other proportions are resized to ``size``: ``"squash"``, or ``"crop"`` to the centre.
 
     Raises:
         VideoError: no such folder, a video that cannot be read, mixed sizes without ``size``, no video, no window; the

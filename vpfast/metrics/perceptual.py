@@ -20,10 +20,9 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Perceptual:
-    """LPIPS of version 0.1 with AlexNet, each frame's own: 0 for equal frames.
+    """LPIPS, version 0.1 with AlexNet, of each frame: 0 for equal frames.
 
-    The backbone's weights are looked for where torch.hub keeps what it downloads, and downloaded there where they are
-    missing.
+    The weights of the backbone are read from torch.hub's folder, and downloaded into it if they are missing.
 
     Raises:
         ImportError: `lpips` or torchvision is not installed, or they do not go with this torch.

@@ -113,9 +113,9 @@ class VideoMetrics:
 
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Take in some clips: two float (B, T, C, H, W), the target in [0, 1]; (T, C, H, W) the same in every call.
+        """Add clips: two float tensors (B, T, C, H, W), the target in [0, 1]; (T, C, H, W) the same in every call.
 
-        Where B is 0 nothing changes.
+        B = 0 changes nothing.
 
         Raises:
             TypeError: not floating point.
@@ -135,10 +135,10 @@ class VideoMetrics:
         self._clips += target.shape[0]
 
     def compute(self) -> Report:
-        """The report over everything taken in so far.
+        """The report over all clips so far.
 
         Raises:
-            ValueError: nothing was taken in.
+            ValueError: there were no clips.
         """
         if self._clips == 0:
             raise ValueError("no frame was given to VideoMetrics.update, so there is nothing to report")

@@ -27,7 +27,7 @@ def gaussian_blur(frames: Tensor, sigma: float) -> Tensor:
 
 
 def fragment_blur(frames: Tensor, distance: int) -> Tensor:
-    """The mean of four copies, moved by ``distance`` pixels up, down, left and right; borders repeat.
+    """The mean of four copies, shifted by ``distance`` pixels up, down, left and right; borders repeat.
 
     Raises:
         ValueError: a distance that is not a whole number from 1 to the shorter side of a frame.
@@ -55,7 +55,7 @@ def gaussian_noise(frames: Tensor, decibels: float, seed: int = 0) -> Tensor:
 
 
 def salt_and_pepper(frames: Tensor, share: float, seed: int = 0) -> Tensor:
-    """Turn a ``share`` of the pixels white or black, as likely the one as the other, all channels of a pixel alike.
+    """Turn a ``share`` of the pixels white or black with equal probability, all channels of a pixel alike.
 
     Raises:
         ValueError: a share that is not in [0, 1].

@@ -25,7 +25,7 @@ def write_depths(
     max_rows: int = 4,
     dpi: int = 150,
 ) -> None:
-    """Write a PNG of frames and, beside each, what was made of it from more and more layers (paper, Fig. 5).
+    """Write a PNG of frames and, beside each, its reconstructions from more and more layers (paper, Fig. 5).
 
     Below each stands its PSNR in dB, frames clipped to [0, 1].
 

@@ -29,7 +29,7 @@ _FAINTEST = 0.01  # the least error that is shown at full strength
 
 @dataclass(frozen=True)
 class Table:
-    """Words and numbers in rows, by their names; ``best`` are the (row, column) that stand out, from 0."""
+    """A table of words and numbers, rows by name; the cells ``best``, (row, column) from 0, are highlighted."""
 
     caption: str
     columns: Sequence[str]
@@ -41,7 +41,7 @@ class Table:
 class Curves:
     """Heading of a metric -> name of a model -> its values at the frames ``first``, ``first`` + 1, ...
 
-    ``quiet`` names what the others are held to: grey and dashed.
+    ``quiet`` names the baselines, which are drawn grey and dashed.
     """
 
     panels: Mapping[str, Mapping[str, Sequence[float]]]
@@ -51,7 +51,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Clip:
-    """What really happened, (T, C, H, W), and by name what models made of the end of it, (k, C, H, W) each.
+    """A real clip (T, C, H, W) and, by name, predictions of its last k frames, (k, C, H, W) each.
 
     Float in [0, 1] or uint8, RGB or grey. ``notes``: a few words beside some of the names.
     """
