@@ -32,9 +32,10 @@ def main() -> None:
     frames = torch.randn(2, 5, 3, 32, 32)  # (B, T, C, H, W)
     old = (torch.zeros(2, 16, 32, 32), torch.zeros(2, 16, 32, 32))
     new = None  # zeros
-    for frame in frames.unbind(1):
-        old = plain(frame, old)
-        h, new = fused(frame, new)
+    with torch.no_grad():
+        for frame in frames.unbind(1):
+            old = plain(frame, old)
+            h, new = fused(frame, new)
     difference = float((h - old[0]).abs().max())
     assert difference < 1e-5, f"the two cells differ by {difference}"
     print(f"after {frames.shape[1]} frames the two differ by {difference:.1e} at most")

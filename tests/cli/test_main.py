@@ -1,6 +1,7 @@
 """The command line as a whole: help, versions, missing extras, and what becomes of errors."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,16 @@ def test_help_tells_the_defaults(command):
     assert "fewest and most frames fed back (default: [3, 5])" in said
     assert "(default: the digits that come with scikit-learn) --data.size" in said
     assert "--dry-run print the configuration, parameters, memory and FLOPs; read no data, write nothing" in said
+
+
+def test_an_output_that_nobody_reads_ends_without_a_word():
+    """As in ``vpfast bench --list | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vpfast", "bench", "--list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_version(command):

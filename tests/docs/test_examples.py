@@ -28,6 +28,7 @@ def run(name, *arguments, cwd=None):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return done.stdout
 
 

@@ -48,7 +48,8 @@ _LONGEST = 1000  # characters of an error: it holds what was given, which may be
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed on the way, 2 the request cannot be served.
 
-    ``vpfast train`` and ``vpfast predict --live``, stopped by a signal, give 128 + its number.
+    ``vpfast train`` and ``vpfast predict --live``, stopped by a signal, give 128 + its number, and so does any command
+    whose output is no longer read.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     return answered(lambda: _run(args), f"vpfast {args[0]}" if args else "vpfast")
@@ -65,9 +66,16 @@ def _run(args: list[str]) -> int:
 def answered(work: Callable[[], int], command: str) -> int:
     """The exit code of ``work``; what it raises becomes one line on stderr, where it is not a defect."""
     try:
-        return work()
+        try:
+            return work()
+        finally:
+            if sys.stdout is not None:  # None where its descriptor is closed
+                sys.stdout.flush()
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer has a place to go
+        return 128 + signal.SIGPIPE
     except Exception as error:
         code = _exit_code(error)
         if code is None or os.environ.get("VPFAST_TRACEBACK"):
