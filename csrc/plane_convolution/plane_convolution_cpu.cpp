@@ -34,6 +34,7 @@
 namespace vpfast {
 namespace {
 
+using planes::Band;
 using planes::Block;
 using planes::Forward;
 using planes::Range;
@@ -82,6 +83,19 @@ Kernels kernels() {
   return of_isa[static_cast<int>(active_isa())];
 }
 
+int64_t memory_of_band(const Shape& s, int64_t inputs, int64_t rows) {
+  return s.positions() == 1 ? 0 : inputs * (rows + s.kernel_height - 1) * s.padded_width();
+}
+
+// Rows of some inputs of an image: copied to `memory`, or where a kernel reaches nothing around them, as they lie.
+Band read_band(const Kernels& kernel, const Shape& s, const float* x, int64_t image, Range inputs, Range rows,
+               float* memory) {
+  const float* first = x + image * s.inputs * s.pixels();
+  if (s.positions() == 1) return {first + inputs.begin * s.pixels() + rows.begin * s.width, s.pixels()};
+  kernel.pad(s, first, inputs, rows, memory);
+  return {memory, (rows.size() + s.kernel_height - 1) * s.padded_width()};
+}
+
 // --- y ---
 
 // Where the weight of an output, an input and a position lies.
@@ -126,12 +140,11 @@ void convolve(const Forward& p) {
   const Kernels kernel = kernels();
   const int64_t rows = band_rows(s, s.inputs), bands = count_parts(s.height, rows), units = s.images * bands;
   torch::stable::parallel_for(0, units, grain(s, units), [&](int64_t begin, int64_t end) {
-    AlignedVector<float> padded(s.inputs * (rows + s.kernel_height - 1) * s.padded_width());
+    AlignedVector<float> memory(memory_of_band(s, s.inputs, rows));
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t image = unit / bands;
       const Range seen = part(unit % bands, rows, s.height);
-      kernel.pad(s, p.x + image * s.inputs * s.pixels(), {0, s.inputs}, seen, padded.data());
-      kernel.convolve(p, padded.data(), image, seen);
+      kernel.convolve(p, read_band(kernel, s, p.x, image, {0, s.inputs}, seen, memory.data()), image, seen);
     }
   });
 }
@@ -147,7 +160,7 @@ class Gradient {
         outputs_(outputs),
         inputs_(inputs),
         rows_(band_rows(p.shape, kInputs)),
-        padded_(inputs.size() * (rows_ + p.shape.kernel_height - 1) * p.shape.padded_width()),
+        padded_(memory_of_band(p.shape, inputs.size(), rows_)),
         grad_(kOutputs * rows_ * p.shape.width),
         sums_(outputs.size() * inputs.size() * p.shape.positions() * kMostLanes),
         bias_(outputs.size()),
@@ -187,13 +200,12 @@ class Gradient {
 
   void add(int64_t image, Range rows) {
     const Shape& s = p_.shape;
-    kernel_.pad(s, p_.x + image * s.inputs * s.pixels(), inputs_, rows, padded_.data());
-    const int64_t padded_plane = (rows.size() + s.kernel_height - 1) * s.padded_width();
+    const Band band = read_band(kernel_, s, p_.x, image, inputs_, rows, padded_.data());
     size_t tap = 0;
     for (int64_t input = 0; input < inputs_.size(); ++input) {
       for (int64_t row = 0; row < s.kernel_height; ++row) {
         for (int64_t column = 0; column < s.kernel_width; ++column) {
-          taps_[tap++] = padded_.data() + input * padded_plane + row * s.padded_width() + column;
+          taps_[tap++] = band.padded + input * band.plane + row * s.padded_width() + column;
         }
       }
     }

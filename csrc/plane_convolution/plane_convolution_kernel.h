@@ -1,5 +1,6 @@
 // The loops of plane_convolution. Included by for_each_isa.h, once for each instruction set.
 
+using planes::Band;
 using planes::Block;
 using planes::Forward;
 using planes::Range;
@@ -47,7 +48,13 @@ inline void pad_rows(const Shape& s, const float* image, Range channels, Range r
         continue;
       }
       for (int64_t k = 0; k < before; ++k) to[k] = to[padded_width - 1 - k] = 0;
-      std::memcpy(to + before, plane + row * s.width, s.width * sizeof(float));
+      const float* from = plane + row * s.width;
+      // Not memcpy: rows are short, and a call for each would take a tenth of the time of a convolution.
+      if (Registers(s).two_rows) {
+        for (int64_t k = 0; k < kLanes / 2; ++k) to[before + k] = from[k];
+      } else {
+        for (int64_t k = 0; k < s.width; k += kLanes) store(to + before + k, load(from + k));
+      }
     }
   }
 }
@@ -56,11 +63,11 @@ inline void pad_rows(const Shape& s, const float* image, Range channels, Range r
 
 constexpr int64_t kChain = 8;
 
-// A block of `outputs` planes by `registers` registers, summed over all inputs and positions. `padded` holds the band's
-// rows of every input, `origin` where each register begins there, `y` where it goes in the first of the planes.
+// A block of `outputs` planes by `registers` registers, summed over all inputs and positions. `origin` is where each
+// register begins in an input's padded rows, `y` where it goes in the first of the planes.
 template <int outputs, int registers, bool two_rows>
-VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const float* padded, int64_t padded_plane,
-                              const int64_t* origin, float* const* y) {
+VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const Band& band, const int64_t* origin,
+                              float* const* y) {
   const Shape& s = p.shape;
   const int64_t padded_width = s.padded_width();
   FloatLanes total[outputs][registers];
@@ -74,7 +81,7 @@ VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const float*
     FloatLanes sum[outputs][registers] = {};
     for (; input < end; ++input) {
       for (int64_t row = 0; row < s.kernel_height; ++row) {
-        const float* x = padded + input * padded_plane + row * padded_width;
+        const float* x = band.padded + input * band.plane + row * padded_width;
         for (int64_t column = 0; column < s.kernel_width; ++column, ++x, weight += outputs) {
           FloatLanes seen[registers];
 #pragma GCC unroll 8
@@ -101,47 +108,45 @@ VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const float*
 // The planes of a block: tiles of `registers` of a band's `count` registers, the last of which may overlap the one
 // before.
 template <int outputs, int registers, bool two_rows>
-void fill_planes(const Forward& p, const Block& block, const float* padded, int64_t padded_plane, int64_t count,
-                 float* y) {
+void fill_planes(const Forward& p, const Block& block, const Band& band, int64_t count, float* y) {
   if constexpr (registers > 1) {
-    if (count < registers) return fill_planes<outputs, 1, two_rows>(p, block, padded, padded_plane, count, y);
+    if (count < registers) return fill_planes<outputs, 1, two_rows>(p, block, band, count, y);
   }
-  const Registers band(p.shape);
+  const Registers layout(p.shape);
   for (int64_t next = 0; next < count; next += registers) {
     const int64_t first = next < count - registers ? next : count - registers;
     int64_t origin[registers];
     float* to[registers];
     for (int r = 0; r < registers; ++r) {
-      origin[r] = band.padded(first + r);
+      origin[r] = layout.padded(first + r);
       to[r] = y + (first + r) * kLanes;
     }
-    sum_inputs<outputs, registers, two_rows>(p, block, padded, padded_plane, origin, to);
+    sum_inputs<outputs, registers, two_rows>(p, block, band, origin, to);
   }
 }
 
-// All planes of a band of `rows` of an image, from its inputs' padded rows.
+// All planes of a band of `rows` of an image.
 template <bool two_rows>
-void convolve_band(const Forward& p, const float* padded, int64_t image, Range rows) {
+void convolve_band(const Forward& p, const Band& band, int64_t image, Range rows) {
   const Shape& s = p.shape;
-  const int64_t padded_plane = (rows.size() + s.kernel_height - 1) * s.padded_width();
   const int64_t count = Registers(s).in_rows(rows.size());
   for (const Block* block = p.blocks; block < p.blocks + p.block_count; ++block) {
     float* y = p.y + (image * s.outputs + block->first) * s.pixels() + rows.begin * s.width;
     if (block->count == 8) {
-      fill_planes<8, 2, two_rows>(p, *block, padded, padded_plane, count, y);
+      fill_planes<8, 2, two_rows>(p, *block, band, count, y);
     } else if (block->count == 4) {
-      fill_planes<4, 4, two_rows>(p, *block, padded, padded_plane, count, y);
+      fill_planes<4, 4, two_rows>(p, *block, band, count, y);
     } else {
-      fill_planes<1, 8, two_rows>(p, *block, padded, padded_plane, count, y);
+      fill_planes<1, 8, two_rows>(p, *block, band, count, y);
     }
   }
 }
 
-inline void convolve_planes(const Forward& p, const float* padded, int64_t image, Range rows) {
+inline void convolve_planes(const Forward& p, const Band& band, int64_t image, Range rows) {
   if (Registers(p.shape).two_rows) {
-    convolve_band<true>(p, padded, image, rows);
+    convolve_band<true>(p, band, image, rows);
   } else {
-    convolve_band<false>(p, padded, image, rows);
+    convolve_band<false>(p, band, image, rows);
   }
 }
 

@@ -46,4 +46,10 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// Some rows of each input, with what a kernel reaches around them; so far apart lie the inputs' planes.
+struct Band {
+  const float* padded;
+  int64_t plane;
+};
+
 }  // namespace vpfast::planes
