@@ -299,3 +299,6 @@ FUNCTIONS = {name: problem for name, problem in PROBLEMS.items() if not problem.
 IN_PLACE = {name: problem for name, problem in PROBLEMS.items() if problem.writes}
 ONE_EACH = {problem.operator: problem for problem in reversed(FUNCTIONS.values())}
 """Operator -> the first of its problems, of those in FUNCTIONS."""
+
+WITHOUT_TRITON = {"plane_convolution", "plane_convolution_weight"}
+"""For CPUs alone."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import FUNCTIONS, IN_PLACE, LAYOUTS, ONE_EACH, PROBLEMS, laid_out, results, same
+from operators import FUNCTIONS, IN_PLACE, LAYOUTS, ONE_EACH, PROBLEMS, WITHOUT_TRITON, laid_out, results, same
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from vpfast.ops import _native
@@ -20,7 +20,6 @@ from vpfast.ops._library import VARIANTS
 needs_extension = pytest.mark.skipif(_native.extension is None, reason="needs the compiled extension")
 
 COMPILED_ALONE = {"sample_codes", "sample_frame", "tile_program"}
-WITHOUT_TRITON = {"plane_convolution", "plane_convolution_weight"}
 TRITON_ALONE = {"leaky_sum__triton", "signed_errors_triton"}  # in test_fused_maps.py
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from codebooks import assert_error_at_most_twice
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import vpfast
 from vpfast.nn.convolution import Conv2d, is_faster_in_planes
@@ -188,6 +189,9 @@ def test_a_trace_holds_torchs_convolution():
     convolution, x = Conv2d(5, 7, 3), torch.rand(1, 5, 16, 16)
     graph = torch.export.export(convolution, (x,)).graph_module
     assert "vpfast" not in graph.code
+    with FlopCounterMode(display=False) as counter:
+        convolution(x)
+    assert counter.get_total_flops() == 2 * 5 * 7 * 9 * 16 * 16
     compiled = torch.compile(convolution, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), convolution(x), rtol=1e-4, atol=1e-5)
 

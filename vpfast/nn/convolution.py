@@ -9,7 +9,7 @@ class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` of stride 1 with an odd kernel that keeps maps at their size, zeros around them.
 
     Between few channels, in float32 and contiguous memory on a CPU with AVX-512, by a kernel of vpfast's own, to
-    float32 accuracy. Else, and wherever a graph is traced, by torch's.
+    float32 accuracy. Else, and wherever operators are traced or counted, by torch's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:

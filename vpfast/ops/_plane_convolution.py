@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
@@ -61,6 +62,8 @@ def plane_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Is this kernel the one to take for such maps, and may it be taken?"""
     if torch.compiler.is_compiling() or not fills_registers() or not is_narrow(weight):
+        return False
+    if is_in_torch_dispatch_mode():  # who traces operators or counts what they do knows torch's
         return False
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
