@@ -7,11 +7,16 @@
 //
 // All keys and values before it are read for a position, 2 L heads head_dim s a layer, which is most of its time at the
 // end of a long clip. So a pass evaluates several positions, up to kRun of them, from guesses of the codes between
-// them: first those of the frame before, then what an earlier pass chose. A choice is right up to the first guess that
-// was wrong, that position included; what comes after it is evaluated again, from better guesses. A choice is a
-// function of the logits and of its place (vpfast/models/shrvqvae/random.py), and no sum depends on what is evaluated
-// beside it, so the codes are those of one position after another, to the last bit of every feature. How many positions
-// pay is judged by how many guesses came true; wrong ones cost time and nothing else.
+// them. A choice is right up to the first guess that was wrong, that position included; what comes after it is
+// evaluated again, from better guesses. A choice is a function of the logits and of its place
+// (vpfast/models/shrvqvae/random.py), and no sum depends on what is evaluated beside it, so the codes are those of one
+// position after another, to the last bit of every feature. Wrong guesses cost time and nothing else.
+//
+// Guesses come from drafts: passes in which the attentions look at no keys. They answer what they answered at these
+// positions, or at the last one before them, in the pass before: among thousands of keys a few new ones change little.
+// A draft costs a tenth of a pass, and does as a pass does, from the guesses of the frame before or of an earlier draft
+// on, until its own choices agree. Of fifteen codes so guessed fourteen come true. How many positions a pass or a draft
+// evaluates is judged by how many came true lately.
 //
 // Clips are shared out among the threads. Where there are fewer clips than threads, several threads make a team for one
 // clip: each computes its columns of every product and its heads, and they meet at a barrier before a layer that needs
@@ -198,6 +203,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
     attention.narrow = from.affine("ffn", s.ffn, s.channels);
     attention.keys = from.next("keys", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
     attention.values = from.next("values", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
+    attention.heard = static_cast<int64_t>(call.attentions.size()) * whole_lines(inner);
     call.attentions.push_back(attention);
   }
   check_cells(net.stem, p.cells);
@@ -224,6 +230,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
   net.hidden = std::max({s.channels, s.ffn, s.hidden, inner, whole_lines(s.codebook_size)});
   net.blocks = call.blocks.data();
   net.block_count = s.blocks;
+  net.attention_count = static_cast<int64_t>(call.attentions.size());
   net.heads = s.heads;
   net.head_dim = s.head_dim;
 }

@@ -71,6 +71,9 @@ class Pace {
 // What became of a guess.
 constexpr int64_t kWrong = 1, kNotFinite = 2;
 
+// In place of a row of what was heard: nothing will do but to ask.
+constexpr int64_t kAsk = -1;
+
 template <class W>
 struct Frame {
   const Problem<W>& p;
@@ -78,6 +81,7 @@ struct Frame {
   const Member& member;
   int64_t clip;
   Rows<W> x, y, z;                        // shared: the features, and what layers hand on
+  Rows<W> heard;                          // shared: what the attentions answered, side by side
   int64_t* verdicts;                      // shared, one a row
   Rows<W> own, gathered, local, queries;  // this member's
   W* weights;
@@ -94,6 +98,7 @@ struct Frame {
     x = rows(net.channels);
     y = rows(net.hidden);
     z = rows(net.channels);
+    heard = rows(heard_elements(net));
     next = memory.own;
     own = rows(net.channels);
     gathered = rows(kMaxTaps * net.channels);
@@ -118,18 +123,46 @@ struct Frame {
   bool run() {
     if (member.rank == 0) guess();
     meet();
-    Pace pace(p.run);
+    Pace of_passes(p.run), of_drafts(p.run);
     for (int64_t cell = 0; cell < p.cells;) {
-      const int64_t rows = least(pace.next(), p.cells - cell);
-      evaluate(cell, rows);
-      int64_t known = 0, verdict = 0;
-      while (known < rows && verdict == 0) verdict = verdicts[known++];
-      if (verdict & kNotFinite) return false;
-      pace.saw(known);
+      const int64_t rows = least(of_passes.next(), p.cells - cell);
+      if (cell > 0 && net.attention_count > 0) draft(cell, rows, of_drafts);
+      evaluate(cell, rows, kAsk);
+      const int64_t known = known_of(rows);
+      if (verdicts[known - 1] & kNotFinite) return false;
+      if (member.rank == 0) keep_in_mind(known, rows);
+      of_passes.saw(known);
       cell += known;
     }
     show({p.cells - 1, p.cells});
     return true;
+  }
+
+  // Better guesses for a pass of `rows` positions from `cell` on; nobody looks at that of the last.
+  VPFAST_INLINE void draft(int64_t cell, int64_t rows, Pace& pace) {
+    for (int64_t row = 0; row < rows - 1;) {
+      const int64_t together = least(pace.next(), rows - 1 - row);
+      evaluate(cell + row, together, row);
+      const int64_t known = known_of(together);
+      pace.saw(known);
+      row += known;
+    }
+  }
+
+  // The rows up to the first wrong guess, and that one.
+  int64_t known_of(int64_t rows) const {
+    int64_t known = 1;
+    while (known < rows && verdicts[known - 1] == 0) ++known;
+    return known;
+  }
+
+  // What was heard at the positions from the next one on; the last one's stands for those nobody has asked at.
+  void keep_in_mind(int64_t known, int64_t rows) {
+    const int64_t last = rows - 1;
+    for (int64_t row = 0; row < kRun; ++row) {
+      const int64_t from = least(row + known, last);
+      std::memmove(heard[row], heard[from], sizeof(W) * heard.step);
+    }
   }
 
   // Until they are known, the codes of the frame before stand for the frame's.
@@ -145,13 +178,14 @@ struct Frame {
 
   // The network at `rows` positions from `cell` on, from the codes that are known or guessed of those before each.
   // Their codes become what is chosen, which is right up to the first one that was guessed wrong, that one included.
-  VPFAST_INLINE void evaluate(int64_t cell, int64_t rows) {
+  // Attentions ask keys and values, or take for their answers what was heard, from row `heard_from` on.
+  VPFAST_INLINE void evaluate(int64_t cell, int64_t rows, int64_t heard_from) {
     show({cell > 0 ? cell - 1 : 0, cell + rows - 1});
     meet();
     enter(cell, rows);
     for (int64_t b = 0; b < net.block_count; ++b) {
       gated(net.blocks[b], cell, rows);
-      if (net.blocks[b].attention) attend(*net.blocks[b].attention, cell, rows);
+      if (net.blocks[b].attention) attend(*net.blocks[b].attention, cell, rows, heard_from);
     }
     leave(cell, rows);
   }
@@ -233,16 +267,15 @@ struct Frame {
     meet();
   }
 
-  VPFAST_INLINE void attend(const Attention<W>& attention, int64_t cell, int64_t rows) {
-    Place places[kRun];
-    for (int64_t row = 0; row < rows; ++row) {
-      places[row] = place_of(net.masks[0], p.time * p.cells + cell + row);
-      normalise(own[row], x[row], attention.norm1, net.channels);
+  VPFAST_INLINE void attend(const Attention<W>& attention, int64_t cell, int64_t rows, int64_t heard_from) {
+    const bool asks = heard_from == kAsk;
+    const Rows<W> answers{heard[asks ? 0 : heard_from] + attention.heard, heard.step};
+    if (asks) {
+      ask(attention, cell, rows, answers);
+      meet();
     }
-    for (int64_t head = member.rank; head < net.heads; head += member.size) look(attention, head, places, rows);
-    meet();
     const Interval mine = share_of(net.channels, member), wide = share_of(attention.widen.out, member);
-    add(y, attention.output, mine, rows);
+    add(answers, attention.output, mine, rows);
     for (int64_t row = 0; row < rows; ++row) normalise(own[row], x[row], attention.norm2, net.channels);
     apply(y, same(attention.widen.bias), read(own), attention.widen, wide, rows);
     for (int64_t row = 0; row < rows; ++row) gelu(y[row], wide);
@@ -250,8 +283,21 @@ struct Frame {
     add(y, attention.narrow, mine, rows);
   }
 
+  // The member's heads.
+  VPFAST_INLINE void ask(const Attention<W>& attention, int64_t cell, int64_t rows, Rows<W> answers) {
+    Place places[kRun];
+    for (int64_t row = 0; row < rows; ++row) {
+      places[row] = place_of(net.masks[0], p.time * p.cells + cell + row);
+      normalise(own[row], x[row], attention.norm1, net.channels);
+    }
+    for (int64_t head = member.rank; head < net.heads; head += member.size) {
+      look(attention, head, places, rows, answers);
+    }
+  }
+
   // One head at these places, whose keys and values are kept first.
-  VPFAST_INLINE void look(const Attention<W>& attention, int64_t head, const Place* places, int64_t rows) {
+  VPFAST_INLINE void look(const Attention<W>& attention, int64_t head, const Place* places, int64_t rows,
+                          Rows<W> answers) {
     const int64_t dim = net.head_dim, inner = net.heads * dim;
     for (int64_t part = 0; part < 3; ++part) {
       const Interval columns{part * inner + head * dim, part * inner + head * dim + dim};
@@ -270,8 +316,8 @@ struct Frame {
         queries[row][d] = made[d] * unit;
       }
     }
-    Head<W> one{keys, values, dim, read(queries), {y[0] + head * dim, y.step}, weights, weights + 4 * kChunk, 0,
-                -1,   {},     {}};
+    const Rows<W> out{answers[0] + head * dim, answers.step};
+    Head<W> one{keys, values, dim, read(queries), out, weights, weights + 4 * kChunk, 0, -1, {}, {}};
     one.attend(net.masks[head % net.mask_count], places, rows);
   }
 

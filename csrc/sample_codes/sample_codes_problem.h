@@ -50,6 +50,7 @@ struct Attention {
   Norm<W> norm1, norm2;
   Affine<W> qkv, output, widen, narrow;
   W *keys, *values;  // (clips, heads, blocks, head_dim, 16) each
+  int64_t heard;     // where its answers are among those of all attentions
 };
 
 template <class W>
@@ -68,7 +69,7 @@ struct Network {
   Affine<W> mix;
   Conv<W> stem;
   const Block<W>* blocks;
-  int64_t block_count;
+  int64_t block_count, attention_count;
   int64_t heads, head_dim;
   const Mask* masks;  // of heads 0 .. in turn
   int64_t mask_count;
@@ -106,8 +107,13 @@ struct Memory {
 inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 template <class W>
+int64_t heard_elements(const Network<W>& net) {
+  return net.attention_count * whole_lines(net.heads * net.head_dim);
+}
+
+template <class W>
 int64_t shared_elements(const Network<W>& net) {
-  return kRun * (2 * whole_lines(net.channels) + whole_lines(net.hidden));
+  return kRun * (2 * whole_lines(net.channels) + whole_lines(net.hidden) + heard_elements(net));
 }
 
 template <class W>
