@@ -5,8 +5,8 @@
 First streams of ``--frames`` frames, each in a process of its own. Then rounds of everything at once until the time is
 up: training, evaluation, prediction, sampling, streaming, coding, films, loading with workers, the command line, and
 input that is refused. The process is looked at between two rounds, once a minute, with nothing under way. Networks are
-small: what leaks does so a call, whatever its size. Caches of other libraries that have a bound are emptied before:
-what they take has an end, which an hour need not reach.
+small: what leaks does so a call, whatever its size. Caches of other libraries that have a bound are emptied before, or
+brought to it: what they take has an end, which an hour need not reach.
 
 A line is fitted to what memory is held, without the first quarter, in which caches fill. The exit status is 1 where it
 rises by more than ``MOST``, and where the last third of the time has at no moment as few files, threads and processes
@@ -97,6 +97,16 @@ def empty_caches() -> None:
     sys._clear_type_cache()  # of 4096 names, many of them copies: torch looks up "__torch_function__" by a new string
     shared_cache.free_dead_references()  # of tensors that came from workers; torch does so when there are 128
     MathTextParser._parse_cached.cache_clear()  # of 50 labels of axes, which a loss of its own gives a run
+
+
+def settle_interned_strings() -> None:
+    """Bring CPython's table of them to its lasting size, 4 MB more, which some rounds would do after an hour or two.
+
+    Each string that comes and goes uses up a slot of the table. Once none is left it is made anew, for three times as
+    many strings as there are.
+    """
+    for number in range(1_000_000):
+        sys.intern(f"{number} comes and goes")
 
 
 def look(at: float, temporary: Path) -> Sample:
@@ -361,6 +371,11 @@ WORKS = (
 )
 
 
+def do(work: Callable[[Scene], None], scene: Scene) -> None:
+    with tempfile.TemporaryDirectory(dir=scene.folder, prefix="round") as folder:
+        work(replace(scene, folder=Path(folder)))
+
+
 def soak(minutes: float) -> dict[str, Any]:
     """Round after round for so many minutes, and until there are samples enough."""
     seconds: Counter[str] = Counter()
@@ -370,12 +385,14 @@ def soak(minutes: float) -> dict[str, Any]:
         tempfile.tempdir = temporary  # of this process and its workers
         try:
             scene = make_scene(Path(name))
+            for work in WORKS:
+                do(work, scene)
+            settle_interned_strings()
             began = time.monotonic()
             while (now := time.monotonic()) < began + 60 * minutes or len(samples) < 6:
                 for work in WORKS:
                     started = time.monotonic()
-                    with tempfile.TemporaryDirectory(dir=name, prefix="round") as folder:
-                        work(replace(scene, folder=Path(folder)))
+                    do(work, scene)
                     seconds[work.__name__] += time.monotonic() - started
                 rounds += 1
                 if now >= began + len(samples) * SAMPLE_SECONDS:

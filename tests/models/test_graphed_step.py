@@ -17,7 +17,8 @@ def _as_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     torch's there: those of a CPU's own kernel differ by rounding, which Adam turns into whole steps of weights whose
     gradient is 0 but for it."""
     monkeypatch.setattr("vpfast.models._frames.values_can_be_read", lambda frames: False)
-    monkeypatch.setattr("vpfast.nn.convolution.serves", lambda x, weight: False)
+    for kernel in ("plane", "winograd"):
+        monkeypatch.setattr(f"vpfast.ops._{kernel}_convolution.serves", lambda x, weight: False)
 
 
 def tiny(**changes: Any) -> MSPN:

@@ -29,6 +29,7 @@ LADDER = (
     "tests/ops/test_masked_attention3d.py",
     "tests/ops/test_masked_attention3d_tiles.py",
     "tests/ops/test_plane_convolution.py",
+    "tests/ops/test_winograd_convolution.py",
     "tests/ops/test_rounding.py",
     "tests/models/test_compiled_sampler.py",
     "tests/models/test_mspn_tiles.py",

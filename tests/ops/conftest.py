@@ -35,6 +35,14 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, taken back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 if torch.cuda.is_available():
     PLACES = [("native", "cuda"), ("triton", "cuda")]
 else:

@@ -213,6 +213,35 @@ def _plane_convolution_weight(scale: int, seed: int) -> tuple[Any, ...]:
     return grad, x, 3, 3
 
 
+# --- winograd_convolution ---------------------------------------------------------------------------------------------
+
+
+def _wide(scale: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, an addend, the gradient of y."""
+    generator, size = torch.Generator().manual_seed(seed), (3 * scale + 2, 4 * scale + 1)
+    shapes = (scale, 51, *size), (70, 51, 3, 3), (70,), (scale, 70, *size), (scale, 70, *size)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _winograd_weights(transposed: bool, scale: int, seed: int) -> tuple[Any, ...]:
+    return _wide(scale, seed)[1], transposed
+
+
+def _winograd_convolution(scale: int, seed: int) -> tuple[Any, ...]:
+    x, weight, bias, added, _ = _wide(scale, seed)
+    return x, torch.ops.vpfast.winograd_weights(weight, False), bias, added, 0.1, len(weight)
+
+
+def _winograd_convolution_of_gradients(scale: int, seed: int) -> tuple[Any, ...]:
+    x, weight, _, _, grad = _wide(scale, seed)
+    return grad, torch.ops.vpfast.winograd_weights(weight, True), None, None, 1.0, x.shape[1]
+
+
+def _winograd_convolution_weight(scale: int, seed: int) -> tuple[Any, ...]:
+    x, _, _, _, grad = _wide(scale, seed)
+    return grad, x
+
+
 # --- what the models alone call ---------------------------------------------------------------------------------------
 
 
@@ -286,6 +315,10 @@ PROBLEMS = {
     "plane_convolution": Problem("plane_convolution", _plane_convolution),
     "plane_convolution, of gradients": Problem("plane_convolution", _plane_convolution_of_gradients),
     "plane_convolution_weight": Problem("plane_convolution_weight", _plane_convolution_weight),
+    **_each("winograd_weights", _winograd_weights, {"as it is": False, "transposed": True}),
+    "winograd_convolution": Problem("winograd_convolution", _winograd_convolution),
+    "winograd_convolution, of gradients": Problem("winograd_convolution", _winograd_convolution_of_gradients),
+    "winograd_convolution_weight": Problem("winograd_convolution_weight", _winograd_convolution_weight),
 }
 """The operators of vpfast.ops."""
 
@@ -300,5 +333,8 @@ IN_PLACE = {name: problem for name, problem in PROBLEMS.items() if problem.write
 ONE_EACH = {problem.operator: problem for problem in reversed(FUNCTIONS.values())}
 """Operator -> the first of its problems, of those in FUNCTIONS."""
 
-WITHOUT_TRITON = {"plane_convolution", "plane_convolution_weight"}
+WITHOUT_TRITON = {
+    *("plane_convolution", "plane_convolution_weight"),
+    *("winograd_weights", "winograd_convolution", "winograd_convolution_weight"),
+}
 """For CPUs alone."""

@@ -23,13 +23,6 @@ COMPILED_ALONE = {"sample_codes", "sample_frame", "tile_program"}
 TRITON_ALONE = {"leaky_sum__triton", "signed_errors_triton"}  # in test_fused_maps.py
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # --- which there are -------------------------------------------------------------------------------------------------
 
 

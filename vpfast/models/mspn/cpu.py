@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor
 
 from vpfast.models._frames import check_count, check_frames, check_size
 from vpfast.models._tiles import Size, Turn, room
+from vpfast.models.mspn.captured import prepared
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, MSPNState
 from vpfast.models.mspn.program import MSPNWeights, Program
+from vpfast.nn.convolution import Transforms, weights_in_use
 from vpfast.ops import _native
 from vpfast.ops._backend import current_backend
 
@@ -152,18 +153,19 @@ class TiledMSPN:
 
 
 class ChannelsLastMSPN:
-    """An MSPN by torch's convolutions, in channels_last and in the type asked for: a copy of the model."""
+    """An MSPN in channels_last and in the type asked for, its weights transformed once: a copy of the model."""
 
     def __init__(self, model: MSPN, dtype: torch.dtype | None) -> None:
         self.config: MSPNConfig = model.config
         self._dtype = model._weight.dtype
-        network = copy.deepcopy(model).eval().requires_grad_(False).to(dtype or self._dtype)
-        self._network: MSPN = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = prepared(model, dtype or self._dtype)
+        self._transforms: Transforms = {}
 
     @torch.no_grad()
     def predict(self, frames: Tensor, horizon: int) -> Tensor:
         """As :meth:`MSPN.predict`."""
-        return self._network.predict(self._converted(frames), horizon).to(self._dtype)
+        with weights_in_use(self._transforms):
+            return self._network.predict(self._converted(frames), horizon).to(self._dtype)
 
     def init_state(self, batch_size: int, height: int, width: int) -> MSPNState:
         """As :meth:`MSPN.init_state`."""
@@ -172,13 +174,15 @@ class ChannelsLastMSPN:
     @torch.no_grad()
     def step(self, frame: Tensor | None, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.step`."""
-        prediction, state = self._network.step(None if frame is None else self._converted(frame), state)
+        with weights_in_use(self._transforms):
+            prediction, state = self._network.step(None if frame is None else self._converted(frame), state)
         return prediction.to(self._dtype), state
 
     @torch.no_grad()
     def peek(self, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.peek`."""
-        prediction, state = self._network.peek(state)
+        with weights_in_use(self._transforms):
+            prediction, state = self._network.peek(state)
         return prediction.to(self._dtype), state
 
     def _converted(self, frames: Tensor) -> Tensor:

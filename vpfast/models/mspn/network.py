@@ -19,7 +19,7 @@ from vpfast.nn import EDLSTMCell, EncLSTMDecCell
 from vpfast.nn._common import State, check_choice, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import upsample
-from vpfast.nn.convolution import Conv2d
+from vpfast.nn.convolution import Conv2d, weights_in_use
 
 Feedback = Literal["attached", "detached"]
 
@@ -120,14 +120,15 @@ class MSPN(nn.Module, Pretrained):
             raise ValueError(f"seen must hold one value for each of the {length} frames, got {len(seen)}")
         state = self._zero_state(batch_size, height, width)
         steps: list[tuple[Tensor, ...]] = []
-        for time in range(length + horizon):
-            looks = time < length and (seen is None or seen[time])
-            frame = frames[:, time] if looks else None
-            if recompute and torch.is_grad_enabled():
-                predictions, state = self._step_again(frame, state, feedback)
-            else:
-                predictions, state = self._step(frame, state, feedback)
-            steps.append(predictions)
+        with weights_in_use():
+            for time in range(length + horizon):
+                looks = time < length and (seen is None or seen[time])
+                frame = frames[:, time] if looks else None
+                if recompute and torch.is_grad_enabled():
+                    predictions, state = self._step_again(frame, state, feedback)
+                else:
+                    predictions, state = self._step(frame, state, feedback)
+                steps.append(predictions)
         return MSPNOutput(tuple(_stack(maps) for maps in zip(*steps, strict=True)), self.config.down_sampling)
 
     @torch.no_grad()
