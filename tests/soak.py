@@ -251,7 +251,7 @@ WATCHING: dict[str, Any] = {"device": "cpu", "val_every": 2, "val_clips": 3, "sa
 
 
 def train_mspn(scene: Scene) -> None:
-    network = {"channels": [4, 8], "levels": 1, "hidden_channels": 4}
+    network = {"channels": [16, 32], "levels": 1, "hidden_channels": 16}  # convolutions by a kernel, and by torch
     config = TrainConfig(out=str(scene.folder / "mspn"), model=network, **TRAINING, **WATCHING)
     train(config, progress=False)
     train(config, resume=True, progress=False)

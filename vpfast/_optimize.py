@@ -39,9 +39,10 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
 
     Args:
         model: an MSPN or an S-HR-VQVAE; in evaluation mode if it has batch norms.
-        dtype: ``torch.bfloat16`` computes in that type; frames and predictions keep the type of the model. None
-            computes in the type of the model, with the precision of ``torch.get_float32_matmul_precision()``:
-            ``"highest"``, torch's default, has the accuracy of float32; ``"high"`` is less accurate and twice as fast.
+        dtype: ``torch.bfloat16`` computes in that type, or in float32 on a CPU without instructions for it; frames and
+            predictions keep the type of the model. None computes in the type of the model, with the precision of
+            ``torch.get_float32_matmul_precision()``: ``"highest"``, torch's default, has the accuracy of float32;
+            on matrix tiles ``"high"`` is less accurate and twice as fast.
 
     Raises:
         TypeError: another model, or a type that is neither None nor bfloat16.

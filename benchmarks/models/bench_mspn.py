@@ -89,10 +89,17 @@ def lively(preset: str) -> MSPN:
     return model
 
 
+def has_bfloat16(place: Place) -> bool:
+    """Has the processor instructions for it? Imitated it takes ten times as long."""
+    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return place.device != "cpu" or mkldnn
+
+
 # --- predicting -------------------------------------------------------------------------------------------------------
 
 
 def predicting(setting: Setting, place: Place, peers: Sequence[str] = (EAGER, COMPILED, HALF)) -> Problem:
+    peers = [peer for peer in peers if peer != HALF or has_bfloat16(place)]
     model = setting.network(place)
     shape = (setting.batch, setting.context, model.config.in_channels, setting.side, setting.side)
     frames, horizon = torch.rand(shape, device=place.device), setting.horizon
@@ -122,10 +129,10 @@ def predicting(setting: Setting, place: Place, peers: Sequence[str] = (EAGER, CO
         hold(name, "largest difference", float((found[0] - right).abs().max()) / spread(right), LIMIT)
 
     def finish(rows: list[Row]) -> Sequence[Bar]:
-        if HALF not in peers:
+        if COMPILED not in peers:
             return ()
         bars: list[Bar] = []
-        for name, dtype in ((OWN, torch.float32), (HALF, torch.bfloat16)):
+        for name, dtype in ((OWN, torch.float32), (HALF, torch.bfloat16))[: 1 + (HALF in peers)]:
             seconds = 0.01 if place.small else CONVOLUTION_SECONDS
             took = alone(convolutions, dtype, place, seconds) * steps
             row = next(row for row in rows if row["contender"] == name)
@@ -245,11 +252,10 @@ def training(setting: TrainingSetting, place: Place) -> Problem:
     model = MSPN(MSPNConfig.preset("compact" if place.small else setting.preset)).to(place.device)
     frames = torch.rand(batch, context + horizon, 1, side, side, device=place.device)
     models = {name: copy.deepcopy(model) for name in (OWN, HALF, EAGER)}
-    calls: dict[str, Call] = {
-        OWN: as_trained(models[OWN], frames, context, horizon, "fp32"),
-        HALF: as_trained(models[HALF], frames, context, horizon, "bf16"),
-        EAGER: plainly_trained(models[EAGER], frames, context, horizon),
-    }
+    calls: dict[str, Call] = {OWN: as_trained(models[OWN], frames, context, horizon, "fp32")}
+    if has_bfloat16(place):
+        calls[HALF] = as_trained(models[HALF], frames, context, horizon, "bf16")
+    calls[EAGER] = plainly_trained(models[EAGER], frames, context, horizon)
     check = first_step_check(model, models, frames, context, horizon)
 
     def finish(rows: list[Row]) -> Sequence[Bar]:
@@ -257,6 +263,7 @@ def training(setting: TrainingSetting, place: Place) -> Problem:
         return [
             Bar(f"{setting.title}, {name}, times faster than eager", ratio(eager, median(rows, contender)), wanted)
             for name, contender in (("float32", OWN), ("bfloat16", HALF))
+            if contender in calls
         ]
 
     # Two products of the same size backward for each one forward.

@@ -14,8 +14,8 @@
 //
 // Guesses come from drafts: passes in which the attentions look at no keys. They answer what they answered at these
 // positions, or at the last one before them, in the pass before: among thousands of keys a few new ones change little.
-// A draft costs a tenth of a pass, and does as a pass does, from the guesses of the frame before or of an earlier draft
-// on, until its own choices agree. Of fifteen codes so guessed fourteen come true. How many positions a pass or a draft
+// A draft costs a tenth of a pass, and does as a pass does, from the codes of the frame before or what was chosen last,
+// until its own choices agree. Of fifteen codes so guessed fourteen come true. How many positions a pass or a draft
 // evaluates is judged by how many came true lately.
 //
 // Clips are shared out among the threads. Where there are fewer clips than threads, several threads make a team for one

@@ -4,10 +4,10 @@
 // a tile of 2x2 pixels of y, 4x4 pixels of x and the weights are both transformed into 16 cells; a cell of y is the
 // product of those two, summed over inputs, and 16 cells transform back into 4 pixels. So 4 pixels take 16 products for
 // each input and output where they take 36 in a plain sum, and all transforms together are additions, 5 to 10 % of the
-// time from 64 channels on. In float32 the result is as close to the exact one as a plain sum, or closer: sums are
-// shorter by a factor of 9.
+// time from 64 channels on. In float32 the result is about as close to the exact one as a plain sum: the transforms
+// round, but sums are shorter by a factor of 9.
 //
-// A thread transforms some tiles of x, all inputs, as much as half of the L2 cache holds; then for each panel of 32
+// A thread transforms some tiles of x, all inputs, 256 KB or at least 24 tiles; then for each panel of 32
 // outputs and each cell it multiplies a matrix (tiles, inputs) by one (inputs, panel), and transforms the panel's cells
 // back with bias, an addend and LeakyReLU on the way. Weights lie in the order in which they are read; while one cell's
 // are multiplied the next one's are asked for. With 512 channels and maps of 8x8 they come from memory, and that is

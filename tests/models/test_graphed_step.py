@@ -18,7 +18,7 @@ def _as_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     gradient is 0 but for it."""
     monkeypatch.setattr("vpfast.models._frames.values_can_be_read", lambda frames: False)
     for kernel in ("plane", "winograd"):
-        monkeypatch.setattr(f"vpfast.ops._{kernel}_convolution.serves", lambda x, weight: False)
+        monkeypatch.setattr(f"vpfast.ops._{kernel}_convolution.serves", lambda *given: False)
 
 
 def tiny(**changes: Any) -> MSPN:

@@ -1,15 +1,19 @@
 """Where vpfast's Conv2d transforms its weights, how often, and the Bottleneck that fuses what stands around it."""
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 import vpfast
 from vpfast.models import MSPN, MSPNConfig
+from vpfast.models.mspn.cpu import ChannelsLastMSPN
 from vpfast.nn.bottleneck import LEAK, Bottleneck
-from vpfast.nn.convolution import Conv2d, fuses, transformed, weights_in_use
+from vpfast.nn.convolution import Conv2d, weights_in_use
 from vpfast.ops import _winograd_convolution as winograd
 
 served = pytest.mark.skipif(not winograd.has_registers(), reason="needs the compiled extension and AVX2")
@@ -72,21 +76,100 @@ def test_kept_transforms_outlast_their_use(transforms):
     assert len(transforms) == 1
 
 
-def test_only_parameters_are_known_again():
-    weight = torch.nn.Parameter(torch.rand(16, 16, 3, 3))
+@served
+def test_only_parameters_are_known_again(transforms):
+    weight, x = torch.nn.Parameter(torch.rand(16, 16, 3, 3)), maps(1, 16, 8, 8)
+    convolution = Conv2d(16, 16, 3)
     with weights_in_use():
-        assert transformed(weight) is transformed(weight)
-        assert transformed(weight * 1) is not transformed(weight * 1)
-    assert transformed(weight) is not transformed(weight)
+        for factor in (1.0, 2.0):
+            given = {"weight": weight * factor, "bias": None}
+            found = torch.func.functional_call(convolution, given, (x,))
+            torch.testing.assert_close(found, F.conv2d(x, given["weight"], padding=1))
+    assert len(transforms) == 2
 
 
 @served
 def test_weights_made_in_inference_mode():
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_in_use():
         convolution, x = Conv2d(16, 16, 3), maps(1, 16, 8, 8)
-        with weights_in_use():
-            found = convolution(x)
-        torch.testing.assert_close(found, F.conv2d(x, convolution.weight, convolution.bias, padding=1))
+        for _ in range(2):
+            torch.testing.assert_close(convolution(x), F.conv2d(x, convolution.weight, convolution.bias, padding=1))
+            convolution.weight.mul_(2)
+
+
+@served
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_leave_no_transforms_behind(transforms, monkeypatch, recompute):
+    made = []
+    original = winograd.TransformedWeight.__init__
+
+    def counted(self, weight):
+        made.append(self)
+        original(self, weight)
+
+    monkeypatch.setattr(winograd.TransformedWeight, "__init__", counted)
+    model = MSPN(MSPNConfig(in_channels=1, **SMALL)).to(memory_format=torch.channels_last)
+    loss = model(torch.rand(1, 3, 1, 16, 16), 1, recompute=recompute).predictions[0].sum()
+    assert not any(each._made for each in made)
+    forward = len(transforms)
+    loss.backward()
+    assert not any(each._made for each in made)
+    assert len(transforms) <= (3 if recompute else 2) * forward
+
+
+@served
+def test_a_step_alone_keeps_nothing():
+    convolution, x = Conv2d(16, 16, 3), maps(1, 16, 8, 8).requires_grad_()
+    y = convolution(x)
+    assert y.grad_fn.known is None
+    y.sum().backward()
+    expected = torch.nn.grad.conv2d_input(x.shape, convolution.weight, torch.ones_like(y), padding=1)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@served
+def test_hooks_and_parametrized_weights_of_a_bottleneck_are_seen():
+    torch.manual_seed(0)
+    block, x, seen = Bottleneck(16, 16), maps(1, 16, 8, 8), []
+    handle = block.body[0].register_forward_hook(lambda *given: seen.append(given))
+    with torch.no_grad():
+        block(x)
+        handle.remove()
+        block(x)
+        assert len(seen) == 1
+        prune.l1_unstructured(block.body[2], "weight", 0.5)
+        block.body[2].weight_orig.mul_(2)
+        expected = F.leaky_relu(block.body(x) + block.skip(x), LEAK)
+        torch.testing.assert_close(block(x), expected)
+        block = Bottleneck(16, 16)
+        block.body[1] = torch.nn.ReLU()
+        torch.testing.assert_close(block(x), F.leaky_relu(block.body(x) + block.skip(x), LEAK))
+
+
+@pytest.mark.parametrize("layer", [Conv2d(16, 16, 3), Conv2d(2, 3, 3)], ids=["wide", "narrow"])
+def test_what_is_made_of_the_bias_alone_is_seen(layer):
+    wide = layer.in_channels == 16
+    x = maps(1, 16, 8, 8) if wide else torch.rand(1, 2, 8, 16)
+
+    def total(bias):
+        return torch.func.functional_call(layer, {"bias": bias}, (x,)).sum()
+
+    expected = torch.full((layer.out_channels,), float(x[0, 0].numel()))
+    torch.testing.assert_close(torch.func.grad(total)(layer.bias.detach()), expected)
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(total, (layer.bias.detach(),), (torch.ones(layer.out_channels),))
+    torch.testing.assert_close(tangent, expected.sum())
+
+
+@pytest.mark.parametrize("layer", [Conv2d(16, 16, 3), Conv2d(2, 3, 3)], ids=["wide", "narrow"])
+def test_wrong_channels_are_refused_in_torchs_words_and_traces_hold_torchs_operators(layer):
+    with pytest.raises(RuntimeError, match=f"expected input.* to have {layer.in_channels} channels, but got 32"):
+        layer(maps(1, 32, 8, 16))
+    with pytest.raises(RuntimeError, match=f"expected input.* to have {layer.in_channels} channels, but got 32"):
+        layer(maps(1, 32, 8, 16).contiguous())
+    x = maps(1, layer.in_channels, 8, 16)
+    traced = torch.jit.trace(layer, (x,))
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @served
@@ -94,7 +177,8 @@ def test_weights_made_in_inference_mode():
 def test_a_bottleneck_gives_the_same_bits_with_and_without_gradients(channels):
     torch.manual_seed(0)
     block, x = Bottleneck(*channels).to(memory_format=torch.channels_last), maps(2, channels[0], 7, 10)
-    assert fuses(block.body[0], x) == (min(channels) >= winograd.LEAST_CHANNELS)
+    with torch.no_grad():
+        assert block._can_fuse(x) == (min(channels) >= winograd.LEAST_CHANNELS)
     with torch.no_grad():
         alone = block(x)
     assert torch.equal(block(x), alone)
@@ -138,3 +222,29 @@ def test_what_optimize_made_stays_as_it_is():
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(fast.predict(frames, 2), expected)
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+def test_copies_of_what_optimize_made_know_their_own_weights(copied):
+    """Whose identities may be those of weights that are gone."""
+    torch.manual_seed(0)
+    frames = torch.rand(1, 3, 1, 16, 16)
+    fast = ChannelsLastMSPN(MSPN(MSPNConfig(in_channels=1, **SMALL)).eval(), None)
+    expected = fast.predict(frames, 2)
+    for _ in range(10):
+        fast = copied(fast)
+        gc.collect()
+        assert torch.equal(fast.predict(frames, 2), expected)
+
+
+def test_a_model_in_bfloat16_takes_frames_of_its_type_alone():
+    model = MSPN(MSPNConfig(in_channels=1, **SMALL)).eval().bfloat16()
+    fast = ChannelsLastMSPN(model, None)
+    assert fast.predict(torch.rand(1, 3, 1, 16, 16).bfloat16(), 1).dtype == torch.bfloat16
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(TypeError, match="bfloat16"):
+            fast.predict(torch.rand(1, 3, 1, 16, 16, dtype=dtype), 1)

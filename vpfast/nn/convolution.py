@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vpfast.ops import _plane_convolution as planes
 from vpfast.ops import _winograd_convolution as winograd
-from vpfast.ops._winograd_convolution import TransformedWeights
+from vpfast.ops._winograd_convolution import TransformedWeight
 
 
 class Conv2d(nn.Conv2d):
@@ -24,22 +24,17 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if planes.serves(x, self.weight):
+        if planes.serves(x, self.weight, self.bias):
             return planes.plane_convolution(x, self.weight, self.bias)
-        if winograd.serves(x, self.weight):
-            return winograd.winograd_convolution(x, self.weight, self.bias, transformed(self.weight))
+        if winograd.serves(x, self.weight, self.bias):
+            return winograd.winograd_convolution(x, self.weight, self.bias, _known(self.weight))
         return super().forward(x)
 
 
-def fuses(layer: nn.Module, like: Tensor) -> bool:
-    """Can :func:`fused` do for this layer, on maps that lie like these?"""
-    return isinstance(layer, Conv2d) and winograd.serves(like, layer.weight)
-
-
-def fused(layer: nn.Module, x: Tensor, slope: float, added: Tensor | None = None) -> Tensor:
+def convolve_fused(layer: nn.Module, x: Tensor, slope: float, added: Tensor | None = None) -> Tensor:
     """LeakyReLU of what a layer makes of x, plus ``added``, without gradients, in one pass."""
     assert isinstance(layer, Conv2d)
-    weights = transformed(layer.weight)()
+    weights = (_known(layer.weight) or TransformedWeight(layer.weight))()
     return winograd.convolve(x, weights, layer.bias, layer.out_channels, added, slope)
 
 
@@ -52,39 +47,41 @@ def is_faster_in_planes(model: nn.Module) -> bool:
 
 # --- weights that are used more than once -----------------------------------------------------------------------------
 
-Transforms = dict[tuple[int, int], tuple[Tensor, TransformedWeights]]
-"""By the identity and the version of a weight, which is kept beside so that its identity stays its own."""
+Transforms = dict[tuple[int, int], TransformedWeight]
+"""By the identity and the version of the weight."""
 
 _transforms: ContextVar[Transforms | None] = ContextVar("transforms", default=None)
 
 
 @contextmanager
-def weights_in_use(kept: Transforms | None = None) -> Iterator[None]:
-    """Within, weights of convolutions are transformed once each. ``kept`` outlasts it; None: until gradients are done.
+def weights_in_use(kept: Transforms | None = None) -> Iterator[Transforms]:
+    """Within, weights of convolutions are transformed once each. ``kept`` outlasts it, else they are forgotten after.
 
     A recurrent network enters it for a clip. Nothing may write into a weight's ``.data`` meanwhile, which would go
     unnoticed.
     """
-    if torch.compiler.is_compiling() or (kept is None and _transforms.get() is not None):
-        yield
+    outer = _transforms.get() if kept is None and not torch.compiler.is_compiling() else None
+    if torch.compiler.is_compiling() or outer is not None:
+        yield {} if outer is None else outer
         return
     made: Transforms = {} if kept is None else kept
     token = _transforms.set(made)
     try:
-        yield
+        yield made
     finally:
         _transforms.reset(token)
         if kept is None:
-            for _, each in made.values():
+            for each in made.values():
                 each.forget()
 
 
-def transformed(weight: Tensor) -> TransformedWeights:
-    """What the kernel needs of a weight: a new one, or within :func:`weights_in_use` that of the call before."""
+def _known(weight: Tensor) -> TransformedWeight | None:
+    """Within :func:`weights_in_use` what was made of this weight before. Only parameters last; and what was made in
+    inference mode has no versions, so that nobody would see it written into."""
     made = _transforms.get()
-    if made is None or not isinstance(weight, nn.Parameter):  # others are a new tensor for every call
-        return TransformedWeights(weight)
-    key = (id(weight), 0 if weight.is_inference() else weight._version)  # what has no versions cannot be written into
-    if key not in made:
-        made[key] = (weight, TransformedWeights(weight))
-    return made[key][1]
+    if made is None or not isinstance(weight, nn.Parameter) or weight.is_inference():
+        return None
+    key = (id(weight), weight._version)
+    if key not in made or made[key].weight is not weight:
+        made[key] = TransformedWeight(weight)
+    return made[key]

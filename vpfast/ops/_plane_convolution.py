@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 from vpfast.ops._library import LIBRARY, register_fake, register_vmap
-from vpfast.ops._tracing import constant_in_traces
+from vpfast.ops._tracing import constant_in_traces, is_looked_at
 
 FORWARD, WEIGHT = "plane_convolution", "plane_convolution_weight"
 MOST_PRODUCTS = 1024
@@ -59,19 +58,19 @@ def plane_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Is this kernel the one to take for such maps, and may it be taken?"""
-    if torch.compiler.is_compiling() or not fills_registers() or not is_narrow(weight):
-        return False
-    if is_in_torch_dispatch_mode():  # who traces operators or counts what they do knows torch's
+    if is_looked_at() or not fills_registers() or not is_narrow(weight):
         return False
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     height, width = x.shape[2:]
     whole = width % 16 == 0 or (width == 8 and height % 2 == 0)
-    if not (whole and height and x.is_contiguous() and weight.is_contiguous()):
+    if x.shape[1] != weight.shape[1] or current_backend() == "reference" or autocast_is_on(x):
         return False
-    return current_backend() != "reference" and not autocast_is_on(x) and not is_transformed(x, weight)
+    if is_transformed(x, weight, *(() if bias is None else (bias,))):
+        return False
+    return bool(whole and height and x.is_contiguous() and weight.is_contiguous())
 
 
 def is_narrow(weight: Tensor) -> bool:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 from vpfast.ops._library import LIBRARY, register_fake, register_vmap
 from vpfast.ops._plane_convolution import gradients
-from vpfast.ops._tracing import constant_in_traces
+from vpfast.ops._tracing import constant_in_traces, is_looked_at
 
 TRANSFORM, FORWARD, WEIGHT = "winograd_weights", "winograd_convolution", "winograd_convolution_weight"
 PANEL = 32
@@ -30,17 +29,22 @@ LIBRARY.define(f"{FORWARD}(Tensor x, Tensor weights, Tensor? bias, Tensor? added
 LIBRARY.define(f"{WEIGHT}(Tensor grad, Tensor x) -> Tensor")
 
 
-class TransformedWeights:
-    """A convolution's weight (out, in, 3, 3), and what the kernel needs of it, each made when it is first asked for."""
+class TransformedWeight:
+    """A convolution's weight (out, in, 3, 3), and what the kernel needs of it, each made when it is first asked for.
+
+    What is made within a backward pass is forgotten at its end.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.detach()
+        self.weight = weight
         self._made: dict[bool, Tensor] = {}
 
     def __call__(self, transposed: bool = False) -> Tensor:
         """For the convolution, or the one that is the gradient of its input."""
         if transposed not in self._made:
-            self._made[transposed] = torch.ops.vpfast.winograd_weights(self._weight, transposed)
+            self._made[transposed] = torch.ops.vpfast.winograd_weights(self.weight.detach(), transposed)
+            if torch._C._current_graph_task_id() != -1:
+                torch.autograd.Variable._execution_engine.queue_callback(self.forget)  # type: ignore[attr-defined]
         return self._made[transposed]
 
     def forget(self) -> None:
@@ -50,10 +54,10 @@ class TransformedWeights:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transformed: TransformedWeights) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: TransformedWeight | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.transformed = transformed
-        return convolve(x, transformed(), bias, len(weight))
+        ctx.known = known
+        return convolve(x, (known or TransformedWeight(weight))(), bias, len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,22 +65,26 @@ class _Convolution(torch.autograd.Function):
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # these are differentiated again: by PyTorch
             return *gradients(grad, x, weight, (of_x, of_weight, of_bias)), None
-        grad_x = convolve(grad, ctx.transformed(transposed=True), None, x.shape[1]) if of_x else None
-        grad_weight = None
+        grad_x = grad_weight = None
+        if of_x:
+            known = ctx.known or TransformedWeight(weight)
+            grad_x = convolve(grad, known(transposed=True), None, x.shape[1])
+            if known is not ctx.known:
+                known.forget()
         if of_weight:
             grad_weight = torch.ops.vpfast.winograd_convolution_weight(grad, x)
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None
 
 
 def winograd_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transformed: TransformedWeights | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, known: TransformedWeight | None = None
 ) -> Tensor:
     """x (B, in, H, W), weight (out, in, 3, 3), bias (out,) or None -> (B, out, H, W), float32, in channels_last.
 
     Ask :func:`serves` before. Differentiable as often as is asked for. Results are bitwise repeatable whatever the
-    number of threads. ``transformed`` is of this weight, and spares its transform.
+    number of threads. ``known`` is of this weight, and spares transforms that were made before.
     """
-    result: Tensor = _Convolution.apply(x, weight, bias, transformed or TransformedWeights(weight))  # type: ignore[no-untyped-call]
+    result: Tensor = _Convolution.apply(x, weight, bias, known)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -91,17 +99,22 @@ def convolve(
     return result
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Is this kernel the one to take for such maps, and may it be taken?"""
-    if torch.compiler.is_compiling() or not has_registers() or not is_wide(weight):
+    if is_looked_at() or not has_registers() or not takes(weight, bias):
         return False
-    if is_in_torch_dispatch_mode():  # who traces operators or counts what they do knows torch's
+    if x.dim() != 4 or x.shape[1] != weight.shape[1] or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
-    if current_backend() == "reference" or autocast_is_on(x) or is_transformed(x, weight):
+    if current_backend() == "reference" or autocast_is_on(x) or is_transformed(x):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and x.numel() >= LEAST_PIXELS * x.shape[1]
+
+
+def takes(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whatever the maps: are weight and bias of a convolution that this kernel is for?"""
+    if not is_wide(weight) or weight.dtype != torch.float32:
+        return False
+    return not is_transformed(*((weight,) if bias is None else (weight, bias)))
 
 
 def is_wide(weight: Tensor) -> bool:

@@ -19,7 +19,7 @@ from vpfast.nn import EDLSTMCell, EncLSTMDecCell
 from vpfast.nn._common import State, check_choice, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import upsample
-from vpfast.nn.convolution import Conv2d, weights_in_use
+from vpfast.nn.convolution import Conv2d, Transforms, weights_in_use
 
 Feedback = Literal["attached", "detached"]
 
@@ -120,12 +120,12 @@ class MSPN(nn.Module, Pretrained):
             raise ValueError(f"seen must hold one value for each of the {length} frames, got {len(seen)}")
         state = self._zero_state(batch_size, height, width)
         steps: list[tuple[Tensor, ...]] = []
-        with weights_in_use():
+        with weights_in_use() as transforms:
             for time in range(length + horizon):
                 looks = time < length and (seen is None or seen[time])
                 frame = frames[:, time] if looks else None
                 if recompute and torch.is_grad_enabled():
-                    predictions, state = self._step_again(frame, state, feedback)
+                    predictions, state = self._step_again(frame, state, feedback, transforms)
                 else:
                     predictions, state = self._step(frame, state, feedback)
                 steps.append(predictions)
@@ -215,7 +215,7 @@ class MSPN(nn.Module, Pretrained):
         return ahead.predictions, MSPNState(ahead.cells, errors, frame if self.config.feed_frame else None)
 
     def _step_again(
-        self, frame: Tensor | None, state: MSPNState, feedback: Feedback
+        self, frame: Tensor | None, state: MSPNState, feedback: Feedback, transforms: Transforms
     ) -> tuple[tuple[Tensor, ...], MSPNState]:
         """:meth:`_step`, whose activations are not kept but computed again in the backward pass."""
         made: tuple[tuple[Tensor, ...], MSPNState] = checkpoint(
@@ -225,7 +225,7 @@ class MSPN(nn.Module, Pretrained):
             feedback,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in a step is drawn
-            context_fn=lambda: (nullcontext(), _statistics_left_alone(self)),
+            context_fn=lambda: (nullcontext(), _as_before(self, transforms)),
         )
         return made
 
@@ -313,14 +313,16 @@ class _EncLSTMDecLevel(nn.Module):
 
 
 @contextmanager
-def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode normalize as ever, but do not count this batch into their running statistics."""
+def _as_before(network: nn.Module, transforms: Transforms) -> Iterator[None]:
+    """For a second time: batch norms in training mode normalize as ever, but do not count this batch into their running
+    statistics, and weights are transformed once for all steps."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     kept = [(module.momentum, module.num_batches_tracked.clone()) for module in norms]  # type: ignore[union-attr]
     for module in norms:
         module.momentum = 0.0
     try:
-        yield
+        with weights_in_use(transforms):
+            yield
     finally:
         for module, (momentum, batches) in zip(norms, kept, strict=True):
             module.momentum = momentum
