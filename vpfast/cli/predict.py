@@ -115,7 +115,9 @@ def _parse(argv: Sequence[str]) -> Any:
     live.add_argument(
         "--pace", action="store_true", help="wait for each frame as for a camera's, and miss those that come too fast"
     )
-    live.add_argument("--bfloat16", action="store_true", help="MSPN: compute in it, faster and less exact")
+    live.add_argument(
+        "--bfloat16", action="store_true", help="MSPN: compute in it where the processor can, faster and less exact"
+    )
     live.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return _completed(parser, parser.parse_args(argv))
 
