@@ -4,12 +4,13 @@
 // eight hundred do, where kernels with channels in the lanes leave half of it empty. A thread takes a band of rows of
 // an image, copies all inputs' rows into working memory with the border of zeros around them, and sums eight outputs by
 // two registers at a time over all inputs and positions: two loads of pixels and eight of weights for sixteen
-// multiplications. The gradient of the input is the same sum with outputs and inputs, and first and last position,
-// changed about: only the order differs in which the weights are packed.
+// multiplications; where there are but 16 registers (AVX2), four outputs by three. The gradient of the input is the
+// same sum with outputs and inputs, and first and last position, changed about: only the order differs in which the
+// weights are packed.
 //
-// The gradient of weights takes eight outputs by three positions as sums of registers over a band's pixels, and adds
-// lanes up at the very end. Units of work are ranges of outputs and inputs, and where these are few, of images with a
-// table of sums each, added up in order: no result depends on the number of threads.
+// The gradient of weights takes eight outputs (AVX2: four) by three positions as sums of registers over a band's
+// pixels, and adds lanes up at the very end. Units of work are ranges of outputs and inputs, and where these are few,
+// of images with a table of sums each, added up in order: no result depends on the number of threads.
 //
 // Operations: 2 outputs inputs positions a pixel, in each of the three; multiplications limit it, at 60 to 75 % of what
 // the processor can, but for 1x1 kernels, where copying does. Bytes: maps once, and twice in the cache.

@@ -63,18 +63,22 @@ inline void pad_rows(const Shape& s, const float* image, Range channels, Range r
 
 constexpr int64_t kChain = 8;
 
-// A block of `outputs` planes by `registers` registers, summed over all inputs and positions. `origin` is where each
-// register begins in an input's padded rows, `y` where it goes in the first of the planes.
-template <int outputs, int registers, bool two_rows>
-VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const Band& band, const int64_t* origin,
-                              float* const* y) {
+// With 32 registers the sums of eight outputs fit side by side; with 16, those of four.
+constexpr bool kEightTogether = kLanes == 16;
+
+// Some planes of a block of `of_block`, `outputs` from `first` on, by `registers` registers, summed over all inputs and
+// positions. `origin` is where each register begins in an input's padded rows, `y` where it goes in the first of these
+// planes.
+template <int of_block, int outputs, int registers, bool two_rows>
+VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, int64_t first, const Band& band,
+                              const int64_t* origin, float* const* y) {
   const Shape& s = p.shape;
   const int64_t padded_width = s.padded_width();
   FloatLanes total[outputs][registers];
   for (int o = 0; o < outputs; ++o) {
-    for (int r = 0; r < registers; ++r) total[o][r] = F32::broadcast(p.bias ? p.bias[block.first + o] : 0.0f).v;
+    for (int r = 0; r < registers; ++r) total[o][r] = F32::broadcast(p.bias ? p.bias[block.first + first + o] : 0.0f).v;
   }
-  const float* weight = block.weights;
+  const float* weight = block.weights + first;
   // Sums of some inputs at a time: long ones in a single chain would round more than torch's do.
   for (int64_t input = 0; input < s.inputs;) {
     const int64_t end = input + kChain < s.inputs ? input + kChain : s.inputs;
@@ -82,7 +86,7 @@ VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const Band& 
     for (; input < end; ++input) {
       for (int64_t row = 0; row < s.kernel_height; ++row) {
         const float* x = band.padded + input * band.plane + row * padded_width;
-        for (int64_t column = 0; column < s.kernel_width; ++column, ++x, weight += outputs) {
+        for (int64_t column = 0; column < s.kernel_width; ++column, ++x, weight += of_block) {
           FloatLanes seen[registers];
 #pragma GCC unroll 8
           for (int r = 0; r < registers; ++r) seen[r] = load_padded<two_rows>(x + origin[r], padded_width);
@@ -105,12 +109,12 @@ VPFAST_INLINE void sum_inputs(const Forward& p, const Block& block, const Band& 
   }
 }
 
-// The planes of a block: tiles of `registers` of a band's `count` registers, the last of which may overlap the one
+// Some planes of a block: tiles of `registers` of a band's `count` registers, the last of which may overlap the one
 // before.
-template <int outputs, int registers, bool two_rows>
-void fill_planes(const Forward& p, const Block& block, const Band& band, int64_t count, float* y) {
+template <int of_block, int outputs, int registers, bool two_rows>
+void fill_planes(const Forward& p, const Block& block, int64_t plane, const Band& band, int64_t count, float* y) {
   if constexpr (registers > 1) {
-    if (count < registers) return fill_planes<outputs, 1, two_rows>(p, block, band, count, y);
+    if (count < registers) return fill_planes<of_block, outputs, 1, two_rows>(p, block, plane, band, count, y);
   }
   const Registers layout(p.shape);
   for (int64_t next = 0; next < count; next += registers) {
@@ -119,9 +123,9 @@ void fill_planes(const Forward& p, const Block& block, const Band& band, int64_t
     float* to[registers];
     for (int r = 0; r < registers; ++r) {
       origin[r] = layout.padded(first + r);
-      to[r] = y + (first + r) * kLanes;
+      to[r] = y + plane * p.shape.pixels() + (first + r) * kLanes;
     }
-    sum_inputs<outputs, registers, two_rows>(p, block, band, origin, to);
+    sum_inputs<of_block, outputs, registers, two_rows>(p, block, plane, band, origin, to);
   }
 }
 
@@ -132,12 +136,16 @@ void convolve_band(const Forward& p, const Band& band, int64_t image, Range rows
   const int64_t count = Registers(s).in_rows(rows.size());
   for (const Block* block = p.blocks; block < p.blocks + p.block_count; ++block) {
     float* y = p.y + (image * s.outputs + block->first) * s.pixels() + rows.begin * s.width;
-    if (block->count == 8) {
-      fill_planes<8, 2, two_rows>(p, *block, band, count, y);
+    constexpr int of_four = kEightTogether ? 4 : 3;
+    if (block->count == 8 && kEightTogether) {
+      fill_planes<8, 8, 2, two_rows>(p, *block, 0, band, count, y);
+    } else if (block->count == 8) {
+      fill_planes<8, 4, of_four, two_rows>(p, *block, 0, band, count, y);
+      fill_planes<8, 4, of_four, two_rows>(p, *block, 4, band, count, y);
     } else if (block->count == 4) {
-      fill_planes<4, 4, two_rows>(p, *block, band, count, y);
+      fill_planes<4, 4, of_four, two_rows>(p, *block, 0, band, count, y);
     } else {
-      fill_planes<1, 8, two_rows>(p, *block, band, count, y);
+      fill_planes<1, 1, 8, two_rows>(p, *block, 0, band, count, y);
     }
   }
 }
@@ -167,9 +175,9 @@ inline void pack_gradients(const Shape& s, const float* grad, int64_t rows, int6
   }
 }
 
-// Adds to `sums` (taps, outputs, lanes) the products of the packed gradients of a band with as many maps as there are
-// taps. A tap is where a position of the kernel sees an input's padded rows.
-template <int outputs, int taps, bool two_rows>
+// Adds to `sums` (taps, of_block, lanes) the products of `outputs` of the packed gradients of a band with as many maps
+// as there are taps. A tap is where a position of the kernel sees an input's padded rows.
+template <int of_block, int outputs, int taps, bool two_rows>
 VPFAST_INLINE void add_products(const Shape& s, const float* grad, const float* const* tap, int64_t rows, float* sums) {
   const int64_t padded_width = s.padded_width();
   const int64_t row_step = two_rows ? 2 : 1, row_pixels = row_step * s.width;
@@ -179,11 +187,11 @@ VPFAST_INLINE void add_products(const Shape& s, const float* grad, const float* 
   for (int t = 0; t < taps; ++t) {
     from[t] = tap[t];
 #pragma GCC unroll 8
-    for (int o = 0; o < outputs; ++o) sum[t][o] = load(sums + (t * outputs + o) * kLanes).v;
+    for (int o = 0; o < outputs; ++o) sum[t][o] = load(sums + (t * of_block + o) * kLanes).v;
   }
   for (int64_t row = 0; row < rows; row += row_step) {
     const int64_t begin = row * padded_width;
-    for (int64_t pixel = begin; pixel < begin + row_pixels; pixel += kLanes, grad += outputs * kLanes) {
+    for (int64_t pixel = begin; pixel < begin + row_pixels; pixel += kLanes, grad += of_block * kLanes) {
       FloatLanes seen[taps];
 #pragma GCC unroll 8
       for (int t = 0; t < taps; ++t) seen[t] = load_padded<two_rows>(from[t] + pixel, padded_width);
@@ -198,28 +206,37 @@ VPFAST_INLINE void add_products(const Shape& s, const float* grad, const float* 
 #pragma GCC unroll 8
   for (int t = 0; t < taps; ++t) {
 #pragma GCC unroll 8
-    for (int o = 0; o < outputs; ++o) store(sums + (t * outputs + o) * kLanes, {sum[t][o]});
+    for (int o = 0; o < outputs; ++o) store(sums + (t * of_block + o) * kLanes, {sum[t][o]});
   }
 }
 
 // The same for all of `count` taps, some at a time.
-template <int outputs, int taps, bool two_rows>
+template <int of_block, int outputs, int taps, bool two_rows>
 void add_taps(const Shape& s, const float* grad, const float* const* tap, int64_t count, int64_t rows, float* sums) {
   int64_t first = 0;
   for (; first + taps <= count; first += taps) {
-    add_products<outputs, taps, two_rows>(s, grad, tap + first, rows, sums + first * outputs * kLanes);
+    add_products<of_block, outputs, taps, two_rows>(s, grad, tap + first, rows, sums + first * of_block * kLanes);
   }
   for (; first < count; ++first) {
-    add_products<outputs, 1, two_rows>(s, grad, tap + first, rows, sums + first * outputs * kLanes);
+    add_products<of_block, outputs, 1, two_rows>(s, grad, tap + first, rows, sums + first * of_block * kLanes);
   }
 }
 
 template <bool two_rows>
 void add_block(const Shape& s, const float* grad, const float* const* tap, int64_t count, int64_t rows, int64_t outputs,
                float* sums) {
-  if (outputs == 8) return add_taps<8, 3, two_rows>(s, grad, tap, count, rows, sums);
-  if (outputs == 4) return add_taps<4, 5, two_rows>(s, grad, tap, count, rows, sums);
-  add_taps<1, 8, two_rows>(s, grad, tap, count, rows, sums);
+  constexpr int64_t half = 4 * kLanes;
+  constexpr int of_four = kEightTogether ? 5 : 3;
+  if (outputs == 8 && kEightTogether) {
+    add_taps<8, 8, 3, two_rows>(s, grad, tap, count, rows, sums);
+  } else if (outputs == 8) {
+    add_taps<8, 4, of_four, two_rows>(s, grad, tap, count, rows, sums);
+    add_taps<8, 4, of_four, two_rows>(s, grad + half, tap, count, rows, sums + half);
+  } else if (outputs == 4) {
+    add_taps<4, 4, of_four, two_rows>(s, grad, tap, count, rows, sums);
+  } else {
+    add_taps<1, 1, 8, two_rows>(s, grad, tap, count, rows, sums);
+  }
 }
 
 // Of 8, 4 or 1 outputs.

@@ -124,7 +124,7 @@ def test_refusals(x, weight, bias, said):
 
 # --- where it is taken -----------------------------------------------------------------------------------------------
 
-wide = pytest.mark.skipif(not fills_registers(), reason="needs the compiled extension and AVX-512")
+wide = pytest.mark.skipif(not fills_registers(), reason="needs the compiled extension and AVX2")
 
 
 def called(monkeypatch, convolution, x):

@@ -15,9 +15,8 @@ from vpfast.ops._winograd_convolution import TransformedWeight
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` of stride 1 with an odd kernel that keeps maps at their size, zeros around them.
 
-    In float32 on a CPU by kernels of vpfast's own, to float32 accuracy: between few channels in contiguous memory with
-    AVX-512, and of 3x3 between more in channels_last with AVX2. Else, and wherever operators are traced or counted, by
-    torch's.
+    In float32 on a CPU with AVX2 by kernels of vpfast's own, to float32 accuracy: between few channels in contiguous
+    memory, and of 3x3 between more in channels_last. Else, and wherever operators are traced or counted, by torch's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:

@@ -80,8 +80,8 @@ def is_narrow(weight: Tensor) -> bool:
 
 @constant_in_traces
 def fills_registers() -> bool:
-    """Does the kernel run with registers of sixteen numbers? With fewer, torch's convolutions fill theirs too."""
-    return _native.extension is not None and _native.extension.isa() in ("avx512", "amx")
+    """Does the kernel run with registers of eight or sixteen numbers? With fewer, torch's convolutions are faster."""
+    return _native.extension is not None and _native.extension.isa() in ("avx2", "avx512", "amx")
 
 
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------
