@@ -45,7 +45,8 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
             on matrix tiles ``"high"`` is less accurate and twice as fast.
 
     Raises:
-        TypeError: another model, or a type that is neither None nor bfloat16.
+        TypeError: another model, a type that is neither None nor bfloat16, or bfloat16 for an S-HR-VQVAE on the CPU,
+            whose kernels compute in float32 there.
         ValueError: a model in training mode that has batch norms.
     """
     if dtype not in (None, torch.bfloat16):

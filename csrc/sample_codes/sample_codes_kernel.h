@@ -11,6 +11,32 @@ using vpfast::masked_attention3d::Place;
 
 #include "sample_codes/sample_codes_maps.h"
 
+// The k-th largest of `count` finite numbers, which change places: by quickselect.
+inline double largest(double* of, int64_t count, int64_t k) {
+  int64_t begin = 0, end = count - 1;
+  while (begin < end) {
+    const double pivot = of[(begin + end) / 2];
+    int64_t i = begin, j = end;
+    while (i <= j) {
+      while (of[i] > pivot) ++i;
+      while (of[j] < pivot) --j;
+      if (i > j) break;
+      const double other = of[i];
+      of[i++] = of[j];
+      of[j--] = other;
+    }
+    // From the largest on: [begin, j] not below the pivot, [i, end] not above it, and between them the pivot.
+    if (k - 1 <= j) {
+      end = j;
+    } else if (k - 1 >= i) {
+      begin = i;
+    } else {
+      break;
+    }
+  }
+  return of[k - 1];
+}
+
 // Numbered as in vpfast/models/shrvqvae/random.py; -1 where a logit is not finite.
 template <class W>
 int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t clip, int64_t cell, int64_t depth) {
@@ -23,18 +49,16 @@ int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t cli
   if (p.temperature == 0) return best;
   double least = -__builtin_huge_val();
   if (p.top_k < count) {
-    for (int64_t m = 0; m < count; ++m) {
-      int64_t above = 0;
-      for (int64_t other = 0; other < count; ++other) above += logits[other] > logits[m];
-      // The k-th largest is the smallest of those with fewer than k above them.
-      if (above < p.top_k && (least == -__builtin_huge_val() || logits[m] < least)) least = logits[m];
-    }
+    for (int64_t m = 0; m < count; ++m) scores[m] = logits[m];
+    least = largest(scores, count, p.top_k);
   }
+  Words words{};
   for (int64_t m = 0; m < count; ++m) {
-    const Words counter = {{static_cast<uint32_t>(p.time), static_cast<uint32_t>(cell), static_cast<uint32_t>(depth),
-                            static_cast<uint32_t>(m / 4)}};
-    const Words words =
-        philox(counter, static_cast<uint32_t>(p.keys[2 * clip]), static_cast<uint32_t>(p.keys[2 * clip + 1]));
+    if (m % 4 == 0) {
+      const Words counter = {{static_cast<uint32_t>(p.time), static_cast<uint32_t>(cell), static_cast<uint32_t>(depth),
+                              static_cast<uint32_t>(m / 4)}};
+      words = philox(counter, static_cast<uint32_t>(p.keys[2 * clip]), static_cast<uint32_t>(p.keys[2 * clip + 1]));
+    }
     const double noise = -std::log(-std::log(uniform(words.word[m % 4])));
     scores[m] = logits[m] < least
                     ? -__builtin_huge_val()

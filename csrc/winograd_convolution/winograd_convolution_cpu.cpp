@@ -123,12 +123,12 @@ void differentiate(const WeightGradient& p, float* weight) {
 }
 
 // 3x3 weights of 32 outputs, for each of which a register's lane does the same.
-struct Kernels3x3 {
+struct PanelWeights {
   float cell[3][3][kPanel];
 };
 
 // G g G^T, to 16 rows `step` apart.
-void transform_weights(const Kernels3x3& g, float* to, int64_t step) {
+void transform_weights(const PanelWeights& g, float* to, int64_t step) {
   float half[4][3][kPanel];
   for (int64_t j = 0; j < 3; ++j) {
     for (int64_t o = 0; o < kPanel; ++o) {
@@ -193,7 +193,7 @@ Tensor winograd_weights(Tensor weight, bool transposed) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit / s.inputs, input = unit % s.inputs;
       const float* first = from + panel * kPanel * of_output + input * of_input;
-      Kernels3x3 given{};
+      PanelWeights given{};
       for (int64_t o = 0; o < s.used(panel); ++o) {
         for (int64_t i = 0; i < 3; ++i) {
           for (int64_t j = 0; j < 3; ++j) {

@@ -150,13 +150,13 @@ def test_other_weights_than_the_files_are_refused(refused, code_weights, weights
         assert f"{coded}: these codes " in said
     for command in (["decode", coded], ["encode", tmp_path / "film.avi"]):
         said = refused(*command, "--weights", weights, "--out", tmp_path / "out")
-        assert f"{weights} holds a trained MSPN, must be a HRVQVAE" in said
+        assert f"{weights} holds a trained MSPN, this needs an HRVQVAE" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_codes_weights_do_not_predict(refused, code_weights, video, tmp_path):
     said = refused("predict", video, "--weights", code_weights, "--out", tmp_path / "out")
-    assert "holds a trained HRVQVAE, must be a MSPN" in said
+    assert "holds a trained HRVQVAE, this needs an MSPN" in said
 
 
 def test_videos_that_cannot_be_read_leave_nothing(refused, code_weights, video, tmp_path):

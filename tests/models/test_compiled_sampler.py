@@ -136,6 +136,14 @@ def test_networks_of_any_size(
     assert torch.equal(sample(prior, codes, horizon, **options), in_torch(prior, codes, horizon, **options))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 7, 35, 68, 69])
+def test_the_likeliest_of_many_codewords(top_k: int) -> None:
+    prior = network(codebook_size=70)
+    codes = clip(prior, 2, (1, 4, 5))
+    drawn: dict[str, Any] = {"temperature": 1.5, "top_k": top_k, "seed": 5}
+    assert torch.equal(sample(prior, codes, 1, **drawn), in_torch(prior, codes, 1, **drawn))
+
+
 def test_more_keys_than_one_chunk_of_weights() -> None:
     prior = network(torch.float32, prior_blocks=2)
     codes = clip(prior, 1, (2, 12, 12))

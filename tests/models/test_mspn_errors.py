@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vpfast.models import MSPN, MSPNConfig
+from vpfast.models import HRVQVAE, MSPN, SHRVQVAE, MSPNConfig, STPixelCNN
 from vpfast.models.mspn import PRESETS
 
 
@@ -154,3 +154,11 @@ def test_every_preset_runs(name: str) -> None:
     with FakeTensorMode():
         frames = torch.zeros(1, 2, config.in_channels, 2 * config.multiple, 4 * config.multiple)
         assert MSPN(config).predict(frames, 1).shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("kind", [MSPN, HRVQVAE, STPixelCNN, SHRVQVAE])
+@pytest.mark.parametrize("config", ["compact", {"levels": 2}, None])
+def test_models_are_made_of_their_configuration_alone(kind: Any, config: Any) -> None:
+    of = "MSPNConfig" if kind is MSPN else "SHRVQVAEConfig"
+    with pytest.raises(TypeError, match=rf"config must be of type {of}, such as {of}.preset\('.*'\), got {config!r}"):
+        kind(config)

@@ -1,10 +1,13 @@
 """MSPN by the compiled step on matrix tiles, and what stands in for it elsewhere: exact as promised, and a drop-in."""
 
+import copy
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import sleep
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 import vpfast
 from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
+from vpfast.models._tiles import Size
 from vpfast.models.mspn.cpu import ChannelsLastMSPN, TiledMSPN
 from vpfast.ops import _native
 
@@ -319,10 +323,49 @@ def test_errors_are_those_of_the_model(backend: Any) -> None:
         with pytest.raises(type(expected.value)) as found:
             fast.predict(given_frames, horizon)
         assert str(found.value) == str(expected.value)
+    state, its_own = fast.init_state(2, 16, 24), model.init_state(2, 16, 24)
+    for frame in (frames, frames[:, 0].double(), (255 * frames[:, 0]).byte(), [1, 2]):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            model.step(frame, its_own)  # type: ignore[arg-type]
+        with pytest.raises(type(expected.value)) as found:
+            fast.step(frame, state)  # type: ignore[arg-type]
+        assert str(found.value) == str(expected.value)
     with pytest.raises(ValueError, match="the state was made for frames of shape"):
         fast.step(frames[:1, 0], fast.init_state(2, 16, 24))
     with pytest.raises(ValueError, match="multiple of 4"):
         fast.init_state(1, 6, 8)
+
+
+def test_the_last_four_sizes_are_kept_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        arena_bytes = 64
+
+        def __init__(self, *given: Any) -> None:
+            sleep(0.001)
+
+    monkeypatch.setattr("vpfast.models.mspn.cpu.Program", Slow)
+    fast = TiledMSPN(lively(), None)
+
+    def ask() -> None:
+        for height in range(8, 64, 8):
+            fast._program(Size(1, height, 8))
+
+    together = [threading.Thread(target=ask) for _ in range(4)]
+    for each in together:
+        each.start()
+    for each in together:
+        each.join()
+    assert len(fast._programs) == 4
+
+
+@pytest.mark.parametrize("kind", [TiledMSPN, ChannelsLastMSPN])
+def test_what_optimize_made_can_be_copied_and_sent(kind: Any) -> None:
+    fast = kind(lively(), None)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert copied.config == fast.config
+        if kind is ChannelsLastMSPN or (_native.extension is not None and _native.extension.isa() == "amx"):
+            frames = torch.rand(1, 2, fast.config.in_channels, 16, 16)
+            assert torch.equal(copied.predict(frames, 1), fast.predict(frames, 1))
 
 
 def test_what_optimize_takes() -> None:

@@ -118,6 +118,31 @@ def test_gradients_leave_no_transforms_behind(transforms, monkeypatch, recompute
 
 
 @served
+def test_a_backward_pass_that_failed_leaves_nothing_to_the_next():
+    convolution, x = Conv2d(16, 16, 3), maps(1, 16, 8, 8).requires_grad_()
+    with weights_in_use():
+        loss = convolution(x).sum()
+
+    def fail(grad):
+        raise RuntimeError("on purpose")
+
+    handle = x.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    convolution.weight.data.mul_(0)
+    loss.backward()
+    assert x.grad.count_nonzero() == 0
+
+
+def test_a_bias_of_another_type_is_refused_in_torchs_words():
+    for layer, x in ((Conv2d(16, 16, 3), maps(1, 16, 8, 8)), (Conv2d(2, 3, 3), torch.rand(1, 2, 8, 16))):
+        layer.bias.data = layer.bias.data.double()
+        with pytest.raises(RuntimeError, match="bias type"):
+            layer(x)
+
+
+@served
 def test_a_step_alone_keeps_nothing():
     convolution, x = Conv2d(16, 16, 3), maps(1, 16, 8, 8).requires_grad_()
     y = convolution(x)
@@ -137,6 +162,10 @@ def test_hooks_and_parametrized_weights_of_a_bottleneck_are_seen():
         handle.remove()
         block(x)
         assert len(seen) == 1
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda part, *given: seen.append(part))
+        block(x)
+        handle.remove()
+        assert all(part in seen for part in block.modules())
         prune.l1_unstructured(block.body[2], "weight", 0.5)
         block.body[2].weight_orig.mul_(2)
         expected = F.leaky_relu(block.body(x) + block.skip(x), LEAK)

@@ -170,7 +170,7 @@ def test_reference_autocast_and_lower_instruction_sets_go_by_torch(monkeypatch):
         _native.extension.select_isa("plain")
         try:
             assert not called(monkeypatch, convolution, x)
-            assert not is_faster_in_planes(convolution)
+            assert not is_faster_in_planes(convolution, 64, 64)
         finally:
             _native.extension.select_isa("auto")
 
@@ -210,7 +210,8 @@ def test_its_weights_are_those_of_torchs_convolution():
 def test_which_models_are_faster_in_planes():
     from vpfast.models import HRVQVAE, MSPN, MSPNConfig, SHRVQVAEConfig
 
-    assert is_faster_in_planes(MSPN(MSPNConfig.preset("compact")))
-    assert not is_faster_in_planes(MSPN(MSPNConfig(in_channels=1, channels=(64, 128), levels=1)))
-    assert not is_faster_in_planes(HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(8,))))
-    assert not is_faster_in_planes(torch.nn.Linear(2, 2))
+    assert is_faster_in_planes(MSPN(MSPNConfig.preset("compact")), 64, 64)
+    assert not is_faster_in_planes(MSPN(MSPNConfig.preset("compact")), 40, 40)
+    assert not is_faster_in_planes(MSPN(MSPNConfig(in_channels=1, channels=(64, 128), levels=1)), 64, 64)
+    assert not is_faster_in_planes(HRVQVAE(SHRVQVAEConfig(in_channels=1, channels=(8,))), 64, 64)
+    assert not is_faster_in_planes(torch.nn.Linear(2, 2), 64, 64)

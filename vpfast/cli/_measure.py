@@ -62,7 +62,7 @@ def add_measuring_options(options: Options, model: nn.Module | None, trained: Tr
     """All that decides what is measured and how; not what becomes of the result."""
     horizon = 10 if model is None or recipe_of(model).predicts else 0
     options.add("weights", str, None, f"{WEIGHTS_HELP}; the options below default to its own")
-    options.add("name", str, MODEL, "what is made of these weights is called so")
+    options.add("name", str, MODEL, "label of this model in the results")
     options.add("split", Split, "test", "which clips")
     options.add("context", int, trained.context if trained else 10, "real frames the model is given")
     options.add("horizon", int, trained.horizon if trained else horizon, "frames it predicts, if it does")

@@ -36,7 +36,7 @@ prediction.npy is then (futures, horizon, C, H, W), and the pictures show them b
 With --live the video is read frame by frame, as a camera would give it, and after each frame the next one is predicted,
 or the one --horizon further on. It prints how long that took a frame and how well what came had been predicted; --out
 is a film of both, .mp4, or left out. Memory does not grow with the video. Ctrl-C and SIGTERM end it after the frame at
-hand: what was seen is told, and the film is whole."""
+hand, report on the frames so far, and close the film properly."""
 
 
 # What an output folder holds, and all that --force may take away with it.
@@ -113,7 +113,9 @@ def _parse(argv: Sequence[str]) -> Any:
         "--loop", action="store_true", help="begin the video again where it ends, until --frames or Ctrl-C"
     )
     live.add_argument(
-        "--pace", action="store_true", help="wait for each frame as for a camera's, and miss those that come too fast"
+        "--pace",
+        action="store_true",
+        help="wait for each frame as for a camera's, and drop frames that arrive too fast",
     )
     live.add_argument(
         "--bfloat16", action="store_true", help="MSPN: compute in it where the processor can, faster and less exact"

@@ -94,7 +94,7 @@ CORRUPTIONS = {
         "px",
         "fragment blur: the mean of four copies, so many pixels apart from the middle",
     ),
-    "noise": Corruption(gaussian_noise, float, "dB", "Gaussian noise, so many dB below the signal"),
+    "noise": Corruption(gaussian_noise, float, "dB", "Gaussian noise at this signal-to-noise ratio in dB"),
     "salt-and-pepper": Corruption(salt_and_pepper, float, "of pixels", "white and black pixels, this share of all"),
 }
 

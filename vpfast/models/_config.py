@@ -37,6 +37,14 @@ class ModelConfig(ABC):
                 raise ValueError(f"{cls.__name__} has no field {change!r}; its fields are {', '.join(fields)}")
         return dataclasses.replace(presets[name], **changes)
 
+    @classmethod
+    def checked(cls: type[C], config: object) -> C:
+        """``config``; raise a TypeError if it is anything but a configuration of this class."""
+        if isinstance(config, cls):
+            return config
+        example = f"{cls.__name__}.preset({next(iter(cls.presets()))!r})"
+        raise TypeError(f"config must be of type {cls.__name__}, such as {example}, got {config!r}")
+
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise ValueError(f"{type(self).__name__}.{name} {reason}, got {getattr(self, name)!r}")
 

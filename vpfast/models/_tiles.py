@@ -227,7 +227,8 @@ class Code:
 
 
 class Turn:
-    """A lock around a working memory. A child that is forked while another thread has it finds it open."""
+    """A lock around a working memory. A child that is forked while another thread has it finds it open, and so does a
+    copy."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -238,6 +239,9 @@ class Turn:
 
     def __exit__(self, *raised: object) -> None:
         self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
 
     def renew(self) -> None:
         self._lock = threading.Lock()

@@ -30,7 +30,7 @@ class GraphedStep:
 
     For one GPU and one process. What is recorded must do the same work every time: an MSPN with any feedback that does
     not change from step to step. Dead codes that are restarted, or anything else that looks at values, cannot be
-    recorded; float16 with a loss that is scaled neither.
+    recorded; nor can float16 with a scaled loss.
 
     Args:
         model: whose parameters are trained: those that require gradients.

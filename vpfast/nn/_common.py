@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = tuple[Tensor, Tensor]
 """(h, c) of a recurrent cell."""
@@ -196,3 +196,11 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...])
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def has_forward_hooks(model: nn.Module) -> bool:
+    """Does anybody look at what this module, a part of it, or every module is given or gives?"""
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpfast.nn._common import has_forward_hooks
 from vpfast.nn.convolution import Conv2d, convolve_fused
 from vpfast.ops._backend import is_transformed
 from vpfast.ops._winograd_convolution import serves, takes
@@ -39,7 +40,7 @@ class Bottleneck(nn.Module):
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Is the body what it was made as, without batch norms, and does nobody look at its parts by hooks?"""
-        if len(self.body) != 3 or any(part._forward_hooks or part._forward_pre_hooks for part in self.body.modules()):
+        if len(self.body) != 3 or has_forward_hooks(self.body):
             return False
         first, activation, second = self.body
         if type(activation) is not nn.LeakyReLU or activation.negative_slope != LEAK:

@@ -37,8 +37,11 @@ def convolve_fused(layer: nn.Module, x: Tensor, slope: float, added: Tensor | No
     return winograd.convolve(x, weights, layer.bias, layer.out_channels, added, slope)
 
 
-def is_faster_in_planes(model: nn.Module) -> bool:
-    """On this CPU, in float32: are most of a model's convolutions faster in contiguous memory than in channels_last?"""
+def is_faster_in_planes(model: nn.Module, height: int, width: int) -> bool:
+    """On this CPU, in float32, for frames of this size: are most of a model's convolutions faster in contiguous memory
+    than in channels_last?"""
+    if not planes.has_whole_rows(height, width):
+        return False
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = [each for each in convolutions if isinstance(each, Conv2d) and planes.is_narrow(each.weight)]
     return planes.fills_registers() and 2 * len(narrow) > len(convolutions)

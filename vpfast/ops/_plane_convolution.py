@@ -64,13 +64,18 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    height, width = x.shape[2:]
-    whole = width % 16 == 0 or (width == 8 and height % 2 == 0)
+    if bias is not None and bias.dtype != torch.float32:
+        return False
     if x.shape[1] != weight.shape[1] or current_backend() == "reference" or autocast_is_on(x):
         return False
     if is_transformed(x, weight, *(() if bias is None else (bias,))):
         return False
-    return bool(whole and height and x.is_contiguous() and weight.is_contiguous())
+    return has_whole_rows(*x.shape[2:]) and x.is_contiguous() and weight.is_contiguous()
+
+
+def has_whole_rows(height: int, width: int) -> bool:
+    """Do the rows of such maps, or pairs of them, fill registers?"""
+    return height > 0 and (width % 16 == 0 or (width == 8 and height % 2 == 0))
 
 
 def is_narrow(weight: Tensor) -> bool:

@@ -32,24 +32,30 @@ LIBRARY.define(f"{WEIGHT}(Tensor grad, Tensor x) -> Tensor")
 class TransformedWeight:
     """A convolution's weight (out, in, 3, 3), and what the kernel needs of it, each made when it is first asked for.
 
-    What is made within a backward pass is forgotten at its end.
+    What is made within a backward pass is forgotten at its end, or in the next one where that ended by an error.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self._made: dict[bool, Tensor] = {}
+        self._made_in = -1  # that backward pass
 
     def __call__(self, transposed: bool = False) -> Tensor:
         """For the convolution, or the one that is the gradient of its input."""
+        backward = torch._C._current_graph_task_id()
+        if self._made_in not in (-1, backward):
+            self.forget()
         if transposed not in self._made:
             self._made[transposed] = torch.ops.vpfast.winograd_weights(self.weight.detach(), transposed)
-            if torch._C._current_graph_task_id() != -1:
+            if backward != -1:
+                self._made_in = backward
                 torch.autograd.Variable._execution_engine.queue_callback(self.forget)  # type: ignore[attr-defined]
         return self._made[transposed]
 
     def forget(self) -> None:
         """Give back the memory: what is asked for again is made again."""
         self._made.clear()
+        self._made_in = -1
 
 
 class _Convolution(torch.autograd.Function):
@@ -112,7 +118,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def takes(weight: Tensor, bias: Tensor | None) -> bool:
     """Whatever the maps: are weight and bias of a convolution that this kernel is for?"""
-    if not is_wide(weight) or weight.dtype != torch.float32:
+    if not is_wide(weight) or weight.dtype != torch.float32 or not (bias is None or bias.dtype == torch.float32):
         return False
     return not is_transformed(*((weight,) if bias is None else (weight, bias)))
 

@@ -115,7 +115,7 @@ def read_weights(folder: Path, *kinds: type[M]) -> tuple[M, TrainConfig | None]:
     model = models.load(folder)
     if not isinstance(model, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{folder} holds a trained {type(model).__name__}, must be a {names}")
+        raise ValueError(f"{folder} holds a trained {type(model).__name__}, this needs an {names}")
     return model, read_training(folder)
 
 

@@ -108,7 +108,7 @@ class DataConfig:
         64, "height and width of the frames, [H, W] or one number for both; prepared: those of the set"
     )
     fit: Literal["squash", "crop"] = option(
-        "squash", "how frames of other proportions are met, or the centre cropped; prepared: as it was"
+        "squash", "frames of another aspect ratio: squash, or crop to the centre; prepared: as it was"
     )
     channels: Literal[1, 3] = option(1, "1 for grey, 3 for RGB")
     digits: int = option(2, "moving-digits: how many digits move in a clip")

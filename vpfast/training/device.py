@@ -50,6 +50,7 @@ def _say(line: str) -> None:
 
 def lay_out(model: nn.Module, config: TrainConfig) -> None:
     """Lay the model's weights, and with them its maps, channels last where the run wants that and is faster so."""
-    in_planes = config.precision == "fp32" and pick_device(config.device).type == "cpu" and is_faster_in_planes(model)
+    exact_on_cpu = config.precision == "fp32" and pick_device(config.device).type == "cpu"
+    in_planes = exact_on_cpu and is_faster_in_planes(model, *config.data.frame_size)
     if config.channels_last and not in_planes:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -28,7 +28,7 @@ class Caltech:
 
     name: ClassVar[str] = "caltech"
     size: tuple[int, int] = option((128, 160), "height and width of the prepared frames, [H, W]")
-    fit: Fit = option("crop", "how frames of other proportions are met: squash, or crop to the centre")
+    fit: Fit = option("crop", "frames of another aspect ratio: squash, or crop to the centre")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     every: int = option(1, "keep each n-th frame; PredNet and who compares with it take 3, which leaves 10 fps")
     val_videos: tuple[str, ...] = option(

@@ -28,7 +28,7 @@ class Folder:
 
     name: ClassVar[str] = "folder"
     size: tuple[int, int] = option((128, 128), "height and width of the prepared frames, [H, W]")
-    fit: Fit = option("squash", "how frames of other proportions are met: squash, or crop to the centre")
+    fit: Fit = option("squash", "frames of another aspect ratio: squash, or crop to the centre")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     train: tuple[str, ...] = option(("train/*",), "patterns of the videos to train on, on the path below --src")
     val: tuple[str, ...] = option(("val/*",), "patterns of the videos to watch training with")

@@ -47,7 +47,7 @@ class Human36M:
 
     name: ClassVar[str] = "human36m"
     size: tuple[int, int] = option((128, 128), "height and width, [H, W]; OpenSTL has [256, 256]")
-    fit: Fit = option("squash", "how frames of other proportions are met: squash, or crop to the centre")
+    fit: Fit = option("squash", "frames of another aspect ratio: squash, or crop to the centre")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     crop: tuple[int, int] | None = option(
         (120, 880), "of a video keep from this row and column up to that one, as MSPN does; null keeps all"

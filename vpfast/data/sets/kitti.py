@@ -74,7 +74,7 @@ class KITTI:
 
     name: ClassVar[str] = "kitti"
     size: tuple[int, int] = option((128, 160), "height and width, [H, W]; MSPN's released code has [128, 256]")
-    fit: Fit = option("crop", "how frames of other proportions are met: crop to the centre, or squash")
+    fit: Fit = option("crop", "frames of another aspect ratio: crop to the centre, or squash")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     camera: Literal["image_02", "image_03"] = option("image_03", "left or right colour camera; PredNet takes the right")
     columns: int | None = option(

@@ -58,7 +58,7 @@ class KTH:
 
     name: ClassVar[str] = "kth"
     size: tuple[int, int] = option((128, 128), "height and width, [H, W]; MSPN's released code has [96, 128]")
-    fit: Fit = option("squash", "how frames of other proportions are met: squash, or crop to the centre")
+    fit: Fit = option("squash", "frames of another aspect ratio: squash, or crop to the centre")
     channels: Literal[1, 3] = option(3, "3 keeps RGB, 1 makes grey")
     sequences: bool = option(True, "keep only the frames that 00sequences.txt lists; PredRNN's folders need no list")
     stride: Literal["predrnn"] | None = option(

@@ -30,7 +30,7 @@ class MovingMNIST:
 
     name: ClassVar[str] = "moving-mnist"
     size: tuple[int, int] = option((64, 64), "height and width of the prepared frames, [H, W]")
-    fit: Fit = option("squash", "how frames of other proportions are met: squash, or crop to the centre")
+    fit: Fit = option("squash", "frames of another aspect ratio: squash, or crop to the centre")
     channels: Literal[1, 3] = option(1, "1 for grey, as the digits are, 3 for RGB")
     length: int = option(20, "frames a clip")
     train: int = option(10_000, "clips of the training split, from the first 55,000 training digits")

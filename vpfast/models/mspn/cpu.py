@@ -121,14 +121,15 @@ class TiledMSPN:
 
     def _program(self, size: Size) -> tuple[Program, Tensor]:
         """The program for ``size``, and the memory that it works in; those of the last few sizes are kept."""
-        found = self._programs.pop(size, None)
-        if found is None:
-            program = Program(self.config, self._weights, size)
-            found = program, room(program.arena_bytes).zero_()
-            if len(self._programs) == _PROGRAMS_KEPT:
-                del self._programs[next(iter(self._programs))]
-        self._programs[size] = found
-        return found
+        with self._lock:
+            found = self._programs.pop(size, None)
+            if found is None:
+                program = Program(self.config, self._weights, size)
+                found = program, room(program.arena_bytes).zero_()
+                if len(self._programs) == _PROGRAMS_KEPT:
+                    del self._programs[next(iter(self._programs))]
+            self._programs[size] = found
+            return found
 
     def _prediction(self, memory: Tensor, size: Size) -> Tensor:
         start = self._program(size)[0].prediction
@@ -175,7 +176,7 @@ class ChannelsLastMSPN:
     def predict(self, frames: Tensor, horizon: int) -> Tensor:
         """As :meth:`MSPN.predict`."""
         with weights_in_use(self._transforms):
-            return self._network.predict(self._converted(frames), horizon).to(self._dtype)
+            return self._network.predict(self._converted(frames, "B, T, C, H, W"), horizon).to(self._dtype)
 
     def init_state(self, batch_size: int, height: int, width: int) -> MSPNState:
         """As :meth:`MSPN.init_state`."""
@@ -185,7 +186,8 @@ class ChannelsLastMSPN:
     def step(self, frame: Tensor | None, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.step`."""
         with weights_in_use(self._transforms):
-            prediction, state = self._network.step(None if frame is None else self._converted(frame), state)
+            seen = None if frame is None else self._converted(frame, "B, C, H, W")
+            prediction, state = self._network.step(seen, state)
         return prediction.to(self._dtype), state
 
     @torch.no_grad()
@@ -195,9 +197,9 @@ class ChannelsLastMSPN:
             prediction, state = self._network.peek(state)
         return prediction.to(self._dtype), state
 
-    def _converted(self, frames: Tensor) -> Tensor:
+    def _converted(self, frames: Tensor, names: str) -> Tensor:
         if not isinstance(frames, Tensor) or frames.dtype != self._dtype:
-            check_frames(frames, "B, T, C, H, W", self.config.in_channels, self.config.multiple, self._weight)
+            check_frames(frames, names, self.config.in_channels, self.config.multiple, self._weight)
         return frames.to(self._network._weight.dtype)
 
 

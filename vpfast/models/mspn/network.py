@@ -73,12 +73,15 @@ class MSPN(nn.Module, Pretrained):
     Under autocast and in half precision the cell states stay float32. A model in channels_last keeps that layout. With
     ``batch_norm`` call ``eval()`` before predicting, as for any network.
 
+    Args:
+        config: its shape and variant, such as ``MSPNConfig.preset("released-mnist")``; a TypeError for anything else.
+
     Paper: Ling et al., "Predictive Coding Based Multiscale Network with Encoder-Decoder LSTM for Video Prediction".
     """
 
     def __init__(self, config: MSPNConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = MSPNConfig.checked(config)
         level = _EDLSTMLevel if config.recurrence == "edlstm" else _EncLSTMDecLevel
         self.levels = nn.ModuleList(level(config, index) for index in range(config.levels))
 

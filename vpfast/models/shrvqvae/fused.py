@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vpfast.models.shrvqvae.tiled import TiledEncoder
+from vpfast.nn._common import has_forward_hooks
 from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 
@@ -80,7 +81,7 @@ def _serves(encoder: nn.Sequential, frames: Tensor) -> bool:
         and frames[:, 0].numel() >= _LEAST_PIXELS
         and not autocast_is_on(frames)
         and not is_transformed(frames, *encoder.parameters())
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+        and not has_forward_hooks(encoder)
     )
 
 

@@ -56,13 +56,16 @@ class HRVQVAE(nn.Module, Pretrained):
     Frames are floating point in [0, 1] and of the type of the weights, (B, T, C, H, W) or (T, C, H, W), H and W
     multiples of m.
 
+    Args:
+        config: its shape and variant, such as ``SHRVQVAEConfig.preset("kth-3x8")``; a TypeError for anything else.
+
     Paper: Adiban et al., "S-HR-VQVAE: Sequential Hierarchical Residual Learning Vector Quantized Variational
     Autoencoder for Video Prediction".
     """
 
     def __init__(self, config: SHRVQVAEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = SHRVQVAEConfig.checked(config)
         restart = config.dead_codes == "restart"
         self.encoder = _encoder(config)
         self.quantizer = HierarchicalResidualVQ(

@@ -40,12 +40,15 @@ class STPixelCNN(nn.Module):
     - with ``"layers"`` all this holds for layer i. The layers before i are seen in frame t as well, and of frame t - 1
       those after i, each no further after j than the convolutions reach.
 
+    Args:
+        config: its shape and variant, such as ``SHRVQVAEConfig.preset("kth-3x8")``; a TypeError for anything else.
+
     Paper: Eq. 6.
     """
 
     def __init__(self, config: SHRVQVAEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = SHRVQVAEConfig.checked(config)
         width, size, conditioning = config.prior_channels, config.codebook_size, config.conditioning
         self.embed = nn.ModuleList(nn.Embedding(size, width) for _ in range(config.layers))
         self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width))
