@@ -87,7 +87,16 @@ constexpr float kP0 = 0.49999994f, kP1 = -0.16666521f, kP2 = 0.041668389f, kP3 =
 
 VPFAST_INLINE FloatLanes polynomial(FloatLanes s) { return (((kP4 * s + kP3) * s + kP2) * s + kP1) * s + kP0; }
 
-VPFAST_INLINE F32 maximum(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }  // b where one is NaN
+// b where one is NaN. One instruction, of which the compiler makes two: it may not assume that there is no NaN.
+VPFAST_INLINE F32 maximum(F32 a, F32 b) {
+#if VPFAST_ISA_LEVEL == 2
+  return {(FloatLanes)_mm512_max_ps((__m512)a.v, (__m512)b.v)};
+#elif VPFAST_ISA_LEVEL == 1
+  return {(FloatLanes)_mm256_max_ps((__m256)a.v, (__m256)b.v)};
+#else
+  return {a.v > b.v ? a.v : b.v};
+#endif
+}
 
 // x where a = b, else y.
 VPFAST_INLINE F32 where_equal(F32 a, F32 b, F32 x, F32 y) { return {a.v == b.v ? x.v : y.v}; }

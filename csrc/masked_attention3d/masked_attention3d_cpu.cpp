@@ -64,19 +64,24 @@ struct Kernels {
 };
 
 template <class W>
-Kernels<W> kernels() {
-  constexpr bool vectors = std::is_same_v<W, float>;
+Kernels<W> kernels();
+
+template <>
+Kernels<float> kernels<float>() {
   switch (active_isa()) {
     case Isa::avx512:
-      return {avx512::masked_attention3d::forward<W>, avx512::masked_attention3d::backward<W>, vectors ? 16 : 1,
-              vectors ? 48 : 6};
+      return {avx512::masked_attention3d::forward<float>, avx512::masked_attention3d::backward<float>, 16, 48};
     case Isa::avx2:
-      return {avx2::masked_attention3d::forward<W>, avx2::masked_attention3d::backward<W>, vectors ? 8 : 1,
-              vectors ? 24 : 6};
+      return {avx2::masked_attention3d::forward<float>, avx2::masked_attention3d::backward<float>, 8, 24};
     default:
-      return {plain::masked_attention3d::forward<W>, plain::masked_attention3d::backward<W>, vectors ? 4 : 1,
-              vectors ? 12 : 6};
+      return {plain::masked_attention3d::forward<float>, plain::masked_attention3d::backward<float>, 4, 12};
   }
+}
+
+// One number at a time gains little from more instructions, and two more sets of kernels took a third of the build.
+template <>
+Kernels<double> kernels<double>() {
+  return {plain::masked_attention3d::forward<double>, plain::masked_attention3d::backward<double>, 1, 6};
 }
 
 // --- checks: the public function has told the user what is wrong; here nothing may read out of bounds ---
@@ -369,14 +374,17 @@ using DecodeKernel = void (*)(const Decode<W>&, int64_t, int64_t, W*);
 
 template <class T, class W>
 DecodeKernel<T, W> decode_kernel() {
-  switch (active_isa()) {
-    case Isa::avx512:
-      return avx512::masked_attention3d::decode<T, W>;
-    case Isa::avx2:
-      return avx2::masked_attention3d::decode<T, W>;
-    default:
-      return plain::masked_attention3d::decode<T, W>;
+  if constexpr (std::is_same_v<W, float>) {
+    switch (active_isa()) {
+      case Isa::avx512:
+        return avx512::masked_attention3d::decode<T, W>;
+      case Isa::avx2:
+        return avx2::masked_attention3d::decode<T, W>;
+      default:
+        break;
+    }
   }
+  return plain::masked_attention3d::decode<T, W>;
 }
 
 Stored stored(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }

@@ -8,9 +8,10 @@
 // where a later one is 2^kSlack times heavier, so that as a rule nobody looks for a maximum across lanes. What a query
 // sees of a chunk decides the order of its sums, and not who looks beside it.
 
-// Queries that share a chunk in registers: with four sums each they fill those there are.
-constexpr int kQueriesTogether = kLanes == 16 ? 4 : 2;
-constexpr int kSumsTogether = 4 * kQueriesTogether;
+// Registers of keys, or components of values, that as many queries take at a time: with their sums they fill the
+// registers there are.
+constexpr int registers_beside(int queries) { return 8 * queries <= 4 * kQueriesTogether ? 8 : 4; }
+
 constexpr float kSlack = 16;
 
 VPFAST_INLINE bool any_above(F32 x, float limit) {
@@ -64,7 +65,7 @@ struct Head {
   bool fresh[kRun];
 
   void attend(const Mask& mask, const Place* places, int64_t count) {
-    lines = (dim * V::lanes / kLine + count - 1) / count;
+    lines = (dim * kKeyBlock / kLine + count - 1) / count;
     std::memset(sums, 0, sizeof(W) * count * (dim + 1) * V::lanes);
     for (int64_t q = 0; q < count; ++q) {
       base[q] = 0;
@@ -146,7 +147,7 @@ struct Head {
 
   template <int G>
   VPFAST_INLINE void score(int64_t q, int64_t first, int64_t registers, V (&top)[G]) {
-    constexpr int together = kSumsTogether / G < 8 ? kSumsTogether / G : 8;
+    constexpr int together = registers_beside(G);
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) top[g] = V::broadcast(-W(__builtin_huge_val()));
     int64_t r = 0;
@@ -168,14 +169,14 @@ struct Head {
       for (int n = 0; n < N; ++n) made[g][n] = V::broadcast(-base[q + g]);
     }
     for (int64_t d = 0; d < dim; ++d) {
-      V key[N];
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) key[n] = load(from[n] + d * kKeyBlock);
+      V component[G];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        const V component = V::broadcast(query[g][d]);
+      for (int g = 0; g < G; ++g) component[g] = V::broadcast(query[g][d]);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) made[g][n] = multiply_add(component, key[n], made[g][n]);
+      for (int n = 0; n < N; ++n) {
+        const V key = load(from[n] + d * kKeyBlock);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) made[g][n] = multiply_add(component[g], key, made[g][n]);
       }
     }
     W* to = weights + r * V::lanes;
@@ -191,7 +192,7 @@ struct Head {
   }
 
   // Nothing but keys inside is seen. The highest of those, lane by lane.
-  V hide(W* row, Interval inside, int64_t count) {
+  VPFAST_INLINE V hide(W* row, Interval inside, int64_t count) {
     const W nothing = -W(__builtin_huge_val());
     for (int64_t i = 0; i < inside.begin; ++i) row[i] = nothing;
     for (int64_t i = inside.end; i < count; ++i) row[i] = nothing;
@@ -223,11 +224,16 @@ struct Head {
 
   VPFAST_INLINE void weigh(int64_t q, W* row, int64_t count) {
     V sum = load(sum_of(q, dim));
-    for (int64_t i = 0; i < count; i += V::lanes) {
+    for (int64_t i = 0; i < count; i += kKeyBlock) {
       ask();
-      const V weight = weight_of(load(row + i));
-      sum = sum + weight;
-      store(row + i, weight);
+      V weight[kParts];
+#pragma GCC unroll 16
+      for (int k = 0; k < kParts; ++k) weight[k] = weight_of(load(row + i + k * V::lanes));
+#pragma GCC unroll 16
+      for (int k = 0; k < kParts; ++k) {
+        sum = sum + weight[k];
+        store(row + i + k * V::lanes, weight[k]);
+      }
     }
     store(sum_of(q, dim), sum);
   }
@@ -235,7 +241,7 @@ struct Head {
   // Values of registers begin .. end - 1 from key `first` on, weighted by G rows.
   template <int G>
   VPFAST_INLINE void add(int64_t q, const W* rows, int64_t first, int64_t begin, int64_t end) {
-    constexpr int together = kSumsTogether / G;
+    constexpr int together = registers_beside(G);
     int64_t d = 0;
     for (; d + together <= dim; d += together) add_components<G, together>(q, d, rows, first, begin, end);
     for (; d < dim; ++d) add_components<G, 1>(q, d, rows, first, begin, end);

@@ -242,14 +242,17 @@ using Kernel = bool (*)(const Problem<W>&, int64_t, const Member&, const Memory<
 
 template <class W>
 Kernel<W> kernel_of() {
-  switch (active_isa()) {
-    case Isa::avx512:
-      return avx512::sample_codes::sample_frame<W>;
-    case Isa::avx2:
-      return avx2::sample_codes::sample_frame<W>;
-    default:
-      return plain::sample_codes::sample_frame<W>;
+  if constexpr (std::is_same_v<W, float>) {
+    switch (active_isa()) {
+      case Isa::avx512:
+        return avx512::sample_codes::sample_frame<W>;
+      case Isa::avx2:
+        return avx2::sample_codes::sample_frame<W>;
+      default:
+        break;
+    }
   }
+  return plain::sample_codes::sample_frame<W>;
 }
 
 // Threads of one parallel region. All of them run at the same time if each was given one rank; if not, as within a

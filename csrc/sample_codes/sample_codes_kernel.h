@@ -71,6 +71,10 @@ int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t cli
   return best;
 }
 
+// Queries that share keys and values in registers. Four sums of each fill those there are: 16 of 32, or 12 of 16, both
+// more than a multiply-add takes cycles on two ports.
+constexpr int kQueriesTogether = kLanes == 16 ? 4 : 3;
+
 #include "sample_codes/sample_codes_attention.h"
 
 // How many positions a pass evaluates: twice as many as passes made known lately. Wrong guesses come in clusters, so
@@ -82,7 +86,9 @@ class Pace {
   int64_t next() const {
     if (always_ > 0) return always_;
     const auto rows = static_cast<int64_t>(2 * known_ + 0.999);
-    return rows <= 2 ? 2 : least((rows + 3) / 4 * 4, kRun);  // groups that fill the registers, or next to nothing
+    if (rows <= 2) return 2;
+    constexpr int64_t group = kQueriesTogether;  // fills the registers
+    return least((rows + group - 1) / group * group, kRun / group * group);
   }
 
   void saw(int64_t known) { known_ += 0.1 * (static_cast<double>(known) - known_); }

@@ -34,7 +34,7 @@ struct Rows {
 };
 
 // As many rows as share what is read of a matrix: with two registers of columns they fill the registers there are.
-constexpr int64_t kRowsTogether = kLanes == 16 ? 8 : 4;
+constexpr int64_t kRowsTogether = kLanes == 16 ? 8 : 6;
 
 // A member's share of `columns`: whole blocks of 16, so that no two write to one cache line.
 VPFAST_INLINE Interval share_of(int64_t columns, const Member& member) {
@@ -81,9 +81,13 @@ VPFAST_INLINE void strip_of(const Rows<W>& y, const Rows<const W>& base, const R
                             int64_t rows, int64_t c) {
   int64_t r = 0;
   for (; r + kRowsTogether <= rows; r += kRowsTogether) tile_of<kRowsTogether, C>(y, base, x, map, r, c);
-  for (; r + 4 <= rows; r += 4) tile_of<4, C>(y, base, x, map, r, c);
-  for (; r + 2 <= rows; r += 2) tile_of<2, C>(y, base, x, map, r, c);
-  if (r < rows) tile_of<1, C>(y, base, x, map, r, c);
+  if (r + 4 <= rows) {
+    tile_of<4, C>(y, base, x, map, r, c);
+    r += 4;
+  }
+  if (r + 3 == rows) tile_of<3, C>(y, base, x, map, r, c);
+  if (r + 2 == rows) tile_of<2, C>(y, base, x, map, r, c);
+  if (r + 1 == rows) tile_of<1, C>(y, base, x, map, r, c);
 }
 
 // Columns [begin, end) of y = base + x matrix; y may be base.

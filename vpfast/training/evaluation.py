@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vpfast._optimize import optimize
 from vpfast.metrics import Perceptual, Report, VideoMetrics
+from vpfast.models import MSPN
 from vpfast.training.device import Device, pick_device
 from vpfast.training.recipes import BASELINE, Sampling, perplexity, recipe_of
 
@@ -116,13 +118,15 @@ def evaluate(
     chosen = pick_device(device)
     model = model.to(chosen).eval()
     recipe = recipe_of(model)
+    # Not on a GPU: each size of batch would record a graph first.
+    predictor = optimize(model) if isinstance(model, MSPN) and chosen.type == "cpu" else model
     metrics: dict[str, VideoMetrics] = {}
     counts: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     judged = ""
     hidden = None if progress else True  # None: shown on a terminal alone
     for frames in tqdm(DataLoader(clips, batch_size), desc="evaluate", unit="batch", disable=hidden, leave=False):
-        compared = recipe.compare(model, frames.to(chosen), context, sampling)
+        compared = recipe.compare(predictor, frames.to(chosen), context, sampling)
         judged = compared.judged
         for name, made in compared.made.items():
             if name not in metrics:
