@@ -6,6 +6,7 @@
 ``frames.npy`` holds what the model was exported for: float (B, T, C, H, W) in [0, 1].
 """
 
+import argparse
 import os
 import sys
 import zipfile
@@ -40,4 +41,9 @@ def main(model: str, source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a file that vpfast export wrote")
+    parser.add_argument("frames", help=".npy file: float32 (B, T, C, H, W) in [0, 1]")
+    parser.add_argument("prediction", help=".npy file to write")
+    given = parser.parse_args()
+    main(given.model, given.frames, given.prediction)
