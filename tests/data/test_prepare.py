@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from vpfast.data import DataError, PreparedClips, _clips, read_video
+from vpfast.data._parallel import in_parallel
 from vpfast.data.prepare import check, prepare
 from vpfast.data.prepared import read_index
 from vpfast.data.resize import resize_frames, to_grey
@@ -317,6 +318,16 @@ def test_one_at_a_time(src, tmp_path):
     prepare(Fake(), src, out)
 
 
+def interrupt(task):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_ctrl_c_that_a_worker_hears_first_is_no_lack_of_memory():
+    with pytest.raises(KeyboardInterrupt):
+        list(in_parallel(interrupt, range(3), 2))
+
+
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -394,6 +405,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np
+from vpfast.data._parallel import in_parallel
 from vpfast.data.prepare import check, prepare
 from vpfast.data.sets.source import Recording
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from ctypes import c_bool
 from typing import TypeVar
 
 import torch
@@ -36,12 +37,15 @@ def in_parallel(
             yield number, function(task)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker) as pool:
+    interrupted = context.RawValue(c_bool, False)
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker, (interrupted,)) as pool:
         numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
         try:
             for done in as_completed(numbers):
                 yield numbers[done], done.result()
         except BrokenProcessPool as error:
+            if interrupted.value:  # Ctrl-C, of which a worker has heard first
+                raise KeyboardInterrupt from None
             raise OSError(
                 "a process that works beside this one ended unexpectedly, killed perhaps for want of memory; try again "
                 "with fewer workers"
@@ -51,10 +55,15 @@ def in_parallel(
                 waiting.cancel()
 
 
-def _begin_worker() -> None:
+def _begin_worker(interrupted: c_bool) -> None:
     """A worker computes on one core, and ends at once with Ctrl-C or with the process that it works for."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+    def end(*_: object) -> None:
+        interrupted.value = True
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
