@@ -2,7 +2,7 @@
 
 A replay calls the recorded operators again, with the numbers that they were called with, and writes their results where
 the recorded ones lay. So whatever a recording does not know of, be it a number of Python or a new tensor, is as it was,
-and what reads a value on the host is refused.
+and what reads a value on the host, or brings one from there, is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vpfast.models._graphs import Recording
 
 R = TypeVar("R")
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique2", "item"}
+WAITS = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique2", "item"}
 
 
 class NotRecordableError(RuntimeError):

@@ -1,5 +1,6 @@
 """The sampler's step of a position as it is recorded on a GPU, with a tape in the place of CUDA graphs."""
 
+import copy
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -109,6 +110,29 @@ def test_where_positions_are_evaluated_together_nothing_is_recorded(conditioning
     codes = given(model)
     assert torch.equal(sample(CapturablePrior(model.prior, recorders), codes, 2), sample(model.prior, codes, 2))
     assert recorders.counts == (0, 0)
+
+
+def test_a_frame_of_one_position() -> None:
+    model, recorders = whole(), Recorders()
+    codes = given(model)[:, :, :1, :1]
+    wanted = sample(model.prior, codes, 3)
+    assert torch.equal(sample(CapturablePrior(model.prior, recorders), codes, 3), wanted)
+    assert recorders.counts == (1, 3)
+
+
+def test_clips_share_a_recorder_and_its_memory() -> None:
+    model, recorders = whole(), Recorders()
+    prior = CapturablePrior(model.prior, recorders)
+    codes = given(model)
+    wanted = sample(model.prior, codes, 2)
+    assert all(torch.equal(sample(prior, codes, 2), wanted) for _ in range(3))
+    assert len(recorders.made) == 1
+    assert copy.deepcopy(prior).idle == []
+    recorders.made[0].failing = MemoryError("no room")
+    with pytest.raises(MemoryError):
+        sample(prior, codes, 2)
+    assert torch.equal(sample(prior, codes, 2), wanted)
+    assert len(recorders.made) == 2  # not with what failed
 
 
 def test_within_a_recording_nothing_is_recorded() -> None:

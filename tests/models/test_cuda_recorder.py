@@ -85,6 +85,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
     return log
 
 
@@ -106,6 +108,8 @@ def test_work_is_recorded_on_a_side_stream_after_it_was_warmed_up_there(log: Log
         "work on s1",
         "work on s1",
         "synchronize",
+        "begin on s1 in pool 0, thread_local",  # what keeps the pool
+        "end on s1",
         "begin on s1 in pool 0, thread_local",
         "work on s1",
         "end on s1",
@@ -120,12 +124,13 @@ def test_work_is_recorded_on_a_side_stream_after_it_was_warmed_up_there(log: Log
 def test_work_that_fails_is_told_as_it_was_and_its_memory_given_up(
     log: Log, monkeypatch: pytest.MonkeyPatch, fails_at_the_end: bool
 ) -> None:
-    monkeypatch.setattr(FakeGraph, "fails_at_the_end", fails_at_the_end)
     recorder = CudaRecorder(DEVICE)
+    recorder.capture(lambda: None).release()
     calls = iter(range(3))
 
     def work() -> None:
         if next(calls) == 2:  # not while it is warmed up
+            monkeypatch.setattr(FakeGraph, "fails_at_the_end", fails_at_the_end)
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
@@ -133,8 +138,17 @@ def test_work_that_fails_is_told_as_it_was_and_its_memory_given_up(
     assert log[-2:] == ["end on s1", "s0 waits for s1"]  # before the memory of what failed is used again
     assert log.current.name == "s0"
     monkeypatch.setattr(FakeGraph, "fails_at_the_end", False)
+    log.clear()
     recorder.capture(lambda: None)
-    assert "begin on s1 in pool 1, thread_local" in log
+    assert log.count("begin on s1 in pool 1, thread_local") == 2
+
+
+def test_a_pool_is_used_again_once_all_recordings_are_released(log: Log) -> None:
+    recorder = CudaRecorder(DEVICE)
+    for _ in range(2):
+        recorder.capture(lambda: None).release()
+    assert log.count("begin on s1 in pool 0, thread_local") == 3  # one of them keeps it
+    assert log.count("reset") == 2
 
 
 def test_turns_come_one_after_another_on_whichever_stream(log: Log) -> None:

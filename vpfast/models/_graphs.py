@@ -67,7 +67,8 @@ class CudaRecorder:
         self.device = device
         with torch.cuda.device(device):
             self._side = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
+            self._mark = torch.zeros(1, device=device)
+        self._anchor: torch.cuda.CUDAGraph | None = None
         self._last: torch.cuda.Event | None = None
 
     def busy(self) -> bool:
@@ -90,16 +91,27 @@ class CudaRecorder:
 
     def _recorded(self, graph: torch.cuda.CUDAGraph, work: Callable[[], R]) -> R:
         """Other threads go on with what they do: only what this one does must not wait or synchronise."""
+        if self._anchor is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._anchor = self._anchored()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             result = work()
         except BaseException:
             with suppress(RuntimeError):  # the recording is broken off; why is what is being raised
                 graph.capture_end()
-            self._pool = torch.cuda.graph_pool_handle()
+            self._anchor = None
             raise
         graph.capture_end()
         return result
+
+    def _anchored(self) -> torch.cuda.CUDAGraph:
+        """A graph of next to nothing in the pool, which keeps it: torch refuses one that no graph uses any more."""
+        anchor = torch.cuda.CUDAGraph()
+        anchor.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._mark.zero_()
+        anchor.capture_end()
+        return anchor
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -178,7 +178,9 @@ class MaskedAttention3d(nn.Module):
             return attend(self.mask, *qkv)
         step = len(self.masks)
         parts = [attend(mask, *(heads[:, axis::step] for heads in qkv)) for axis, mask in enumerate(self.masks)]
-        return torch.cat(parts, dim=1)[:, self._ungrouped]
+        heads = torch.cat(parts, dim=1).unbind(1)
+        # Not by a list as index, which is copied from the host: a CUDA graph cannot record that.
+        return torch.stack([heads[head] for head in self._ungrouped], dim=1)
 
     def _merge(self, attended: Tensor) -> Tensor:
         """(B, heads, n, head_dim) -> (B, n, dim)."""

@@ -6,7 +6,7 @@ CUDA graph that looks its places up in a table by a counter on the GPU, and move
 table and as many launches as it has positions.
 
 It serves ``conditioning="raster"``, whose codes come one position after another. A recording is made for every clip, on
-its tensors. That takes the time of a few positions, and nothing is kept between clips.
+its tensors. That takes the time of a few positions. Between clips nothing is kept but memory, for the next recordings.
 """
 
 from __future__ import annotations
@@ -35,15 +35,35 @@ class CapturablePrior(STPixelCNN):
         super().__init__(prior.config)
         self.to(prior.norm.weight).load_state_dict(prior.state_dict())
         self.train(prior.training).requires_grad_(False)
-        self.recorder = recorder
+        self.recorder, self.idle = recorder, Idle()
+
+
+class Idle(list[Recorder]):
+    """Recorders that no clip uses. A copy has none yet."""
+
+    def __reduce__(self) -> tuple[type[Idle], tuple[()]]:
+        return Idle, ()
 
 
 def recorder_for(prior: STPixelCNN) -> Recorder | None:
-    """A new recorder, where codes are to be sampled from ``prior`` by recordings."""
+    """Where codes are to be sampled from ``prior`` by recordings: a recorder, for :func:`give_back` afterwards."""
     if not isinstance(prior, CapturablePrior) or prior.config.conditioning != "raster":
         return None
-    recorder = prior.recorder(prior.norm.weight.device)
-    return None if recorder.busy() else recorder
+    try:
+        recorder = prior.idle.pop()
+    except IndexError:  # another thread may have taken the last one
+        recorder = prior.recorder(prior.norm.weight.device)
+    if recorder.busy():
+        prior.idle.append(recorder)
+        return None
+    return recorder
+
+
+def give_back(prior: STPixelCNN, passes: Sequence[CapturedPass]) -> None:
+    """What recorded these passes, all of which went well, may serve another clip."""
+    if passes:
+        assert isinstance(prior, CapturablePrior)
+        prior.idle.append(passes[0].recorder)
 
 
 class CapturedPass:
@@ -91,7 +111,7 @@ class CapturedPass:
         """What is recorded: the position that the counter is at."""
         row = self._table.index_select(0, self._counter)[0]
         self.step(Places(*row.split(widths)))
-        self._counter += 1
+        self._counter.add_(1).remainder_(len(self._table))  # warming up takes more positions than a small frame has
 
     def _convolutions(self) -> list[ConvCache]:
         return [self.cache.stem, *(layer.conv for layer in self.cache.layers)]

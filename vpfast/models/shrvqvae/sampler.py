@@ -167,6 +167,7 @@ class _Clip:
                     self.choose(self.networks[layer].evaluate(places), places, layer)
             if self.by_layer:
                 self.remember(self.frame(time))
+        captured.give_back(self.prior, recorded)
 
     def sample_compiled(self, network: compiled.CompiledPass, time: int) -> None:
         """The positions of a frame in raster order, by the compiled kernel."""
