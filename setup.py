@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,10 +146,14 @@ def decide() -> Decision:
 
 
 def architectures(nvcc: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or those of the default list that this nvcc knows."""
+    """What kernels can be compiled for of TORCH_CUDA_ARCH_LIST, or of the default list, as far as nvcc knows it."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
-    if asked.strip(";"):
-        return ";".join(filter(None, asked.split(";")))
+    entries = list(filter(None, asked.split(";")))
+    if entries:
+        served = [entry for entry in entries if not re.match(r"[1-7]\.", entry)]
+        if not served:
+            refuse(f"TORCH_CUDA_ARCH_LIST={asked!r}: kernels need compute capability 8.0 or later")
+        return ";".join(served)
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     number = {
         arch: "compute_" + arch.split("+")[0].replace(".", "").rstrip("a") for arch in DEFAULT_ARCHITECTURES.split(";")
@@ -222,6 +227,8 @@ def extension(decision: Decision) -> Extension:
         # A CPU build of torch sets CUDA_HOME to None, and its CUDAExtension wants libraries that such a build lacks.
         # The runtime is linked statically, so the module also imports where no CUDA is installed.
         cpp_extension.CUDA_HOME = cuda_home
+        # Nothing of torch's CUDA is compiled against or linked: the toolkit need not be of the version that torch has.
+        cpp_extension._check_cuda_version = lambda *compiler: None
         settings = {
             "include_dirs": [os.path.join(cuda_home, "include")],
             "library_dirs": [os.path.join(cuda_home, folder) for folder in ("lib64", "lib")],

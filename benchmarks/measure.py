@@ -175,7 +175,9 @@ def _floors(problem: Problem, place: Place, running: Iterable[str]) -> dict[str,
     floors = {}
     if problem.moved is not None:
         moved = min(problem.moved, MOST_COPIED)
-        source = torch.randn(max(moved // 8, 1))
+        source = torch.empty(max(moved // 8, 1))
+        if not place.gpu:
+            source.normal_()  # memory that is there
         call: Call = gpu.copying(moved, place.device) if place.gpu else lambda: (source.clone(),)
         floors[COPY] = _Floor(call, moved=8 * len(source))
     if problem.flops is not None:

@@ -45,6 +45,15 @@ std::string cuda_probe() {
 #endif
 }
 
+// The latest CUDA that the driver of this machine knows, as "13.0".
+std::string cuda_of_driver() {
+#if defined(VPFAST_WITH_CUDA)
+  return vpfast::cuda_of_driver();
+#else
+  return "0.0";
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,5 +64,6 @@ PYBIND11_MODULE(_C, m) {
       "isa", [] { return vpfast::active_isa_name(); },
       "The instruction set in use: 'plain', 'avx2', 'avx512', or 'amx', which is avx512 with matrix tiles.");
   m.def("select_isa", &vpfast::select_isa, py::arg("name"), "Use another one ('auto' for the best); meant for tests.");
+  m.def("cuda_of_driver", &cuda_of_driver, "The latest CUDA that the driver knows, as '13.0'; '0.0' without one.");
   m.def("cuda_probe", &cuda_probe, "Run one small kernel on the current GPU: 'ok', or the reason it failed.");
 }

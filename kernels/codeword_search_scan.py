@@ -242,7 +242,8 @@ def scan_by_tile(
     program = tl.program_id(0).to(tl.int64)
     residuals = scratch + program * 2 * VECTORS * D + v[:, None] * D
     totals = residuals + VECTORS * D
-    for block in range(tl.program_id(0), tl.cdiv(N, VECTORS), tl.num_programs(0)):
+    # Not tl.cdiv, whose sum can leave the 32 bits that N may have.
+    for block in range(tl.program_id(0), (N - 1) // VECTORS + 1, tl.num_programs(0)):
         vector = tl.cast(block, tl.int64) * VECTORS + v
         inside = vector < N
         squares = tl.zeros([VECTORS], tl.float32)

@@ -226,7 +226,9 @@ def forward_kernel(
     queries = load_rows(q_rows, first, first + count, 0, True, FIXED, DIM, D, UNIT)
     if SURVEYED:
         wide = queries.to(tl.float32)
-        longest = tl.max(tl.sum(wide * wide, 1), 0)
+        squares = tl.sum(wide * wide, 1)
+        # A maximum passes over NaN.
+        longest = tl.max(tl.where(squares < float("inf"), squares, float("inf")), 0)
         if _mode_of(longest, peaks + plane.to(tl.int64) * (2 * PEAKS), scale, LIMIT) != MODE:
             return
 

@@ -190,6 +190,15 @@ def test_architecture_list_of_the_environment_is_honoured(monkeypatch):
     assert setup.architectures("no nvcc is asked") == "8.6;9.0a;12.0+PTX"
 
 
+def test_architectures_that_no_kernel_is_for_are_left_out(monkeypatch):
+    setup = load_setup()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0+PTX 12.0")
+    assert setup.architectures("no nvcc is asked") == "8.0;9.0+PTX;12.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(SystemExit, match=r"'7\.0;7\.5\+PTX': kernels need compute capability 8\.0"):
+        setup.architectures("no nvcc is asked")
+
+
 def test_the_extension_holds_the_architectures_it_was_built_for():
     built = _native.build_record()
     if built["built"] != "cuda":

@@ -120,8 +120,9 @@ Call plan(const Tensor& on, const std::vector<Tensor>& codebooks, bool strict_tr
   for (int64_t layer = 0; layer < layers; ++layer) {
     rows = strict_tree ? rows * size : size;
     const Tensor& codebook = codebooks[layer];
-    STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(),
-                    "codeword_search: more than 2^31 codewords in a layer");
+    // Kernels go past the last one by less than a tile.
+    STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max() - kTile,
+                    "codeword_search: too many codewords in a layer: ", rows);
     STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) == rows && codebook.size(1) == dim,
                     "codeword_search: layer ", layer + 1, " must be (", rows, ", ", dim, ")");
     call.kept.push_back(aligned(torch::stable::contiguous(torch::stable::to(codebook, kScalar<W>))));
@@ -274,7 +275,7 @@ const int32_t* sort_by_row(const Call& call, const int32_t* keys, int32_t count,
 template <class Source>
 int64_t launch_runs(const Call& call, const Source& source, const Sums& s, int64_t entries) {
   const int64_t dim = call.p.dim, width = dim <= 8 ? 8 : kWarp, pieces = parts(entries, kPiece);
-  const dim3 grid(static_cast<unsigned>(parts(pieces * width, kThreads)), static_cast<unsigned>(parts(dim, width)));
+  const dim3 grid(static_cast<unsigned>(parts(dim, width)), static_cast<unsigned>(parts(pieces * width, kThreads)));
   launch(call, add_runs<Source>, grid, kThreads, 0, source, s, entries, dim);
   return pieces;
 }

@@ -64,7 +64,10 @@ struct Lanes {
   __device__ explicit Lanes(int64_t dim) : bits(dim <= 8 ? 3 : 5), width(1 << bits), lane(threadIdx.x & (width - 1)) {
     mask = width == kWarp ? kAll : 0xffu << (threadIdx.x % kWarp / 8 * 8);
   }
-  __device__ int64_t first() const { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) >> bits; }
+  __device__ int64_t first() const { return first(blockIdx.x); }
+  __device__ int64_t first(unsigned block) const {
+    return (static_cast<int64_t>(block) * blockDim.x + threadIdx.x) >> bits;
+  }
   __device__ int64_t step() const { return static_cast<int64_t>(gridDim.x) * blockDim.x >> bits; }
   __device__ bool all(bool x) const { return __all_sync(mask, x); }
 };
@@ -328,8 +331,9 @@ template <class Source>
 __global__ void __launch_bounds__(kThreads, 2)
     add_runs(const __grid_constant__ Source source, const __grid_constant__ Sums s, int64_t entries, int64_t dim) {
   const Lanes lanes(dim);
-  const int64_t piece = lanes.first(), pieces = (entries + kPiece - 1) / kPiece;
-  const int64_t d = static_cast<int64_t>(blockIdx.y) * lanes.width + lanes.lane;
+  // Pieces are few, components may be more than a grid has in its second dimension.
+  const int64_t piece = lanes.first(blockIdx.y), pieces = (entries + kPiece - 1) / kPiece;
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * lanes.width + lanes.lane;
   const bool counts = d == 0;
   if (piece >= pieces || d >= dim) return;
   const int64_t end = min((piece + 1) * kPiece, entries);

@@ -22,16 +22,24 @@ cudaError_t run_probe(int* answer) {
   return status;
 }
 
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
 }  // namespace
 
-std::string cuda_version() {
-  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+std::string cuda_version() { return version(CUDART_VERSION); }
+
+std::string cuda_of_driver() {
+  int found = 0;
+  return cudaDriverGetVersion(&found) == cudaSuccess ? version(found) : version(0);
 }
 
 std::string cuda_probe() {
   int answer = 0;
   const cudaError_t status = run_probe(&answer);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // told here: no later launch is to tell it again
+    return cudaGetErrorString(status);
+  }
   return answer == kAnswer ? "ok" : "the kernel ran but wrote nothing";
 }
 

@@ -75,6 +75,7 @@ def test_every_gpu_is_told_with_what_runs_there(command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(_gpu, "capability", capabilities.get)
     monkeypatch.setattr(_gpu, "built_for", lambda: ("9.0a",))
+    monkeypatch.setattr(_gpu, "cuda_versions", lambda: ("13.0", "13.1"))
     monkeypatch.setattr(_backend, "_HAS_TRITON", True)
     monkeypatch.setattr(_backend, "_INTERPRETED", False)
     monkeypatch.setattr(doctor, "_ask", lambda name, otherwise: otherwise)
@@ -83,6 +84,7 @@ def test_every_gpu_is_told_with_what_runs_there(command, monkeypatch):
     for part in (
         "GPU 0, compute capability 9.0, 128 GiB",
         "compiled code (for 9.0a) runs there",
+        "knows CUDA 13.1; compiled code is of CUDA 13.0",
         "compiled code (for 9.0a) does not run there",
         "Triton can compile for it",
         "Triton cannot compile for it",

@@ -38,7 +38,7 @@ def test_what_an_architecture_runs_on(architecture, runs, does_not):
 def machine(monkeypatch):
     """A machine with these GPUs, an extension built for these architectures ("" for a CPU build), and Triton."""
 
-    def make(*gpus, built_for="", triton=True, interpreted=False, extension=True):
+    def make(*gpus, built_for="", triton=True, interpreted=False, extension=True, driver="13.1"):
         def capability(index=None):
             return gpus[index or 0]
 
@@ -47,25 +47,28 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: f"GPU {index or 0}")
-        monkeypatch.setattr(_native, "extension", Extension(built_for) if extension else None)
+        monkeypatch.setattr(_native, "extension", Extension(built_for, driver) if extension else None)
         monkeypatch.setattr(_native, "build_record", lambda: {"built": "none", "reason": "no nvcc was found"})
         monkeypatch.setattr(_backend, "_HAS_TRITON", triton)
         monkeypatch.setattr(_backend, "_INTERPRETED", interpreted)
-        for cached in (_gpu.built_for, _gpu._capability):
+        for cached in (_gpu.built_for, _gpu.cuda_versions, _gpu._capability):
             cached.cache_clear()
         return Backends("ops.some_op", ("cpu", "cuda") if built_for else ("cpu",), triton=True)
 
     yield make
-    for cached in (_gpu.built_for, _gpu._capability):
+    for cached in (_gpu.built_for, _gpu.cuda_versions, _gpu._capability):
         cached.cache_clear()
 
 
 class Extension:
-    def __init__(self, architectures):
-        self.architectures = architectures
+    def __init__(self, architectures, driver):
+        self.architectures, self.driver = architectures, driver
 
     def build_info(self):
-        return {"cuda_architectures": self.architectures}
+        return {"cuda_architectures": self.architectures, "cuda": "13.0" if self.architectures else None}
+
+    def cuda_of_driver(self):
+        return self.driver
 
 
 def test_the_compiled_kernel_comes_first(machine):
@@ -82,6 +85,15 @@ def test_triton_serves_a_gpu_that_nothing_was_compiled_for(machine):
         some_op.select("cuda")
     for part in ("8.0, 9.0a", "GPU 0 has compute capability 10.0", "TORCH_CUDA_ARCH_LIST", 'backend("reference")'):
         assert part in str(refused.value)
+
+
+def test_a_driver_older_than_the_build_leaves_the_gpu_to_triton(machine):
+    some_op = machine(H200, built_for="9.0a", driver="12.8")
+    assert some_op.select("cuda") == "triton"
+    assert some_op.select("cpu") == "native"
+    assert "compiled with CUDA 13.0 and the driver knows CUDA 12.8; install" in some_op.refusal("native", "cuda")
+    assert machine(H200, built_for="9.0a", driver="13.0").select("cuda") == "native"
+    assert "TORCH_CUDA_ARCH_LIST" in machine(T4, built_for="9.0a", driver="12.8").refusal("native", "cuda")
 
 
 def test_each_gpu_is_judged_by_itself(machine):

@@ -125,6 +125,9 @@ def _gpus() -> Iterator[tuple[str, object]]:
         runs = "runs" if _gpu.runs_native(index) else "does not run"
         yield "", f"compiled code (for {compiled_for}) {runs} there"
         yield "", f"Triton {'can' if _gpu.runs_triton(index) else 'cannot'} compile for it"
+    if _gpu.built_for():
+        compiled, known = _gpu.cuda_versions()
+        yield "driver", f"knows CUDA {known}; compiled code is of CUDA {compiled}"
     yield "kernel probe", _ask("cuda_probe", "no compiled extension")
 
 

@@ -122,6 +122,12 @@ class Backends:
             return "this operator has no CUDA C++ kernel by design: on a GPU Triton serves it"
         if _native.extension is None:
             return _native.why_missing()
+        if device.type in self.native and _gpu.holds_code_for(device.index):
+            compiled, known = _gpu.cuda_versions()
+            return (
+                f"the extension was compiled with CUDA {compiled} and the driver knows CUDA {known}; install a newer "
+                "driver, or build it again with an older toolkit (CUDA_HOME)"
+            )
         if device.type in self.native:
             return (
                 f"the extension holds code for {', '.join(_gpu.built_for())} and {_gpu.described(device.index)}; build "

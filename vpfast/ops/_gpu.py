@@ -47,11 +47,30 @@ def _capability(index: int | None) -> Capability | None:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
+@cache
+def cuda_versions() -> tuple[str, str]:
+    """The CUDA that the loaded extension was compiled with, and the latest that the driver knows, such as "13.0"."""
+    assert _native.extension is not None
+    return _native.extension.build_info()["cuda"], _native.extension.cuda_of_driver()
+
+
+def driver_serves() -> bool:
+    """Does the driver run what was compiled with that CUDA? One of the same major version does, or a later one."""
+    compiled, known = (int(version.split(".")[0]) for version in cuda_versions())
+    return known >= compiled
+
+
 @constant_in_traces
 def runs_native(index: int | None) -> bool:
-    """Does the extension hold code for that GPU? Not traced: a compiled graph is for the GPU that it was traced on."""
+    """Does the extension hold code for that GPU, and a driver run it? Not traced: a compiled graph is for the GPU that
+    it was traced on."""
+    return capability(index) is None or (holds_code_for(index) and driver_serves())
+
+
+def holds_code_for(index: int | None) -> bool:
+    """Does the extension hold code for that GPU, whatever the driver?"""
     found = capability(index)
-    return found is None or _any_runs_on(built_for(), found)
+    return found is not None and _any_runs_on(built_for(), found)
 
 
 @constant_in_traces
