@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ def gpu_check():
 
 @pytest.fixture
 def check(gpu_check, tmp_path, monkeypatch):
-    made = gpu_check.Check(tmp_path, 60, {"gpu": "NVIDIA H200", "capability": "9.0"}, rehearse=True)
+    made = gpu_check.Check(tmp_path, time.monotonic() + 60, {"gpu": "NVIDIA H200", "capability": "9.0"}, rehearse=True)
     made.work = tmp_path
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return made
@@ -105,10 +106,19 @@ def test_a_skip_for_want_of_a_gpu_fails(gpu_check, check, tmp_path):
 
 
 def test_which_skips_are_for_want_of_a_gpu(gpu_check):
-    for reason in ("needs a GPU", "needs Triton", "no CUDA here"):
+    for reason in ("needs a GPU", "needs Triton", "no CUDA here", "could not import 'triton': No module"):
         assert gpu_check.wants_a_gpu(reason)
     for reason in ("needs av", "needs a second GPU", "needs 30 GB on the GPU", "needs more memory than this GPU has"):
         assert not gpu_check.wants_a_gpu(reason)
+
+
+def test_tests_that_take_too_long_tell_what_has_run(gpu_check, check, tmp_path):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(60)")
+    outcome = gpu_check.run_tests(check, "tests", 8, [str(suite)], processes=1)
+    assert not outcome.passed
+    assert re.fullmatch(r"1 passed in .*; stopped after \d+ s", outcome.summary)
+    assert outcome.seconds < 8 + gpu_check.FAREWELL
 
 
 def test_a_failure_is_named(gpu_check, check, tmp_path):

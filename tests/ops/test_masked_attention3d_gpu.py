@@ -286,7 +286,8 @@ def assert_close_as_sums(found, want, dtype):
         torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=roundings * eps * size)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200 if CUDA else 6)
+# On a GPU nearly every example is compiled first.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10 if CUDA else 6)
 @given(problem=problems(), data=st.data())
 def test_any_grid_mask_and_stride(served, problem, data):
     grid, mask, tensors = problem
@@ -578,10 +579,12 @@ def test_tensors_of_another_device_than_the_current_one(place):
 
 
 @needs_gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements(place):
     """Heads of 2^16 positions, and so many that only 64-bit offsets reach the last, which is compared to the first."""
     grid, mask = (64, 32, 32), Mask3d("raster", (2, None, None))
     heads = 2**31 // (2**16 * 32) + 1
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")
     q, k, v = (

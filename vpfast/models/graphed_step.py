@@ -30,7 +30,8 @@ class GraphedStep:
 
     For one GPU and one process. What is recorded must do the same work every time: an MSPN with any feedback that does
     not change from step to step. Dead codes that are restarted, or anything else that looks at values, cannot be
-    recorded; nor can float16 with a scaled loss.
+    recorded; nor can float16 with a scaled loss. While a step is recorded, no loss of the model from before may be kept
+    that has gradients: its graph ties the weights to another stream.
 
     Args:
         model: whose parameters are trained: those that require gradients.
