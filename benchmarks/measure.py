@@ -40,27 +40,33 @@ def of_benchmark(
     chosen: Sequence[str] = (),
     growth: bool = True,
     tell: Callable[[str], None] = print,
-) -> tuple[list[Row], list[Bar]]:
-    """The rows and bars of the cases and growths whose titles contain one of ``chosen``, all of them if it is empty.
-    Without ``growth`` of the cases alone.
+) -> tuple[list[Row], list[Bar], bool]:
+    """The rows and bars of the cases and growths whose titles contain one of ``chosen``, all of them if it is empty,
+    and whether Ctrl-C came before the last of them was measured. Without ``growth`` of the cases alone.
 
     ``tell`` hears the title of each before it begins.
 
     Raises:
         WrongResultError: a contender's result is wrong; the message names the case.
         ValueError: no title contains what was chosen; the message lists the titles.
+        KeyboardInterrupt: Ctrl-C came before any of it was measured.
     """
     rows: list[Row] = []
     bars: list[Bar] = []
-    for title, work in _chosen(benchmark, place, seconds, chosen, growth):
-        tell(title)
-        try:
-            found_rows, found_bars = work()
-        except WrongResultError as error:
-            raise WrongResultError(f"{title}: {error}") from error
-        rows += found_rows
-        bars += found_bars
-    return rows, bars
+    try:
+        for title, work in _chosen(benchmark, place, seconds, chosen, growth):
+            tell(title)
+            try:
+                found_rows, found_bars = work()
+            except WrongResultError as error:
+                raise WrongResultError(f"{title}: {error}") from error
+            rows += found_rows
+            bars += found_bars
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        return rows, bars, True
+    return rows, bars, False
 
 
 Work = Callable[[], tuple[list[Row], list[Bar]]]

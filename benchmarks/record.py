@@ -1,10 +1,11 @@
 """The record of a run: one JSON format for every benchmark, and the page of tables made of it.
 
-A record holds ``format``, ``name``, ``device``, ``rehearsed``, ``machine``, ``seconds``, ``rows``, ``slopes`` and
-``bars``. A row has a ``case`` and a ``contender``, and either ``absent``, why it was not timed, or milliseconds a call
-(``p20_ms``, ``p50_ms``, ``p80_ms``, ...) and, as far as they are known: ``bytes`` and ``flops`` that the case needs,
-``gb_s`` and ``tflop_s`` made of them, ``copy_share`` and ``matmul_share`` of what a copy and a matrix product reached
-in the same run, ``peak_bytes`` of memory beyond inputs and results, and ``ratio``, its time in vpfast's.
+A record holds ``format``, ``name``, ``device``, ``rehearsed``, ``stopped``, ``machine``, ``seconds``, ``rows``,
+``slopes`` and ``bars``. A row has a ``case`` and a ``contender``, and either ``absent``, why it was not timed, or
+milliseconds a call (``p20_ms``, ``p50_ms``, ``p80_ms``, ...) and, as far as they are known: ``bytes`` and ``flops``
+that the case needs, ``gb_s`` and ``tflop_s`` made of them, ``copy_share`` and ``matmul_share`` of what a copy and a
+matrix product reached in the same run, ``peak_bytes`` of memory beyond inputs and results, and ``ratio``, its time in
+vpfast's.
 """
 
 import json
@@ -29,8 +30,9 @@ def make(
     seconds: float,
     rows: Sequence[Row],
     bars: Sequence[Bar],
+    stopped: bool = False,
 ) -> Record:
-    """The record of what was measured."""
+    """The record of what was measured; ``stopped`` before all of it was."""
     return {
         "format": FORMAT,
         "name": benchmark.name,
@@ -38,6 +40,7 @@ def make(
         "note": benchmark.note,
         "device": "cuda" if place.gpu else "cpu",
         "rehearsed": place.small,
+        "stopped": stopped,
         "seconds": seconds,
         "machine": dict(machine),
         "rows": list(rows),
@@ -47,10 +50,12 @@ def make(
 
 
 def stem(record: Record) -> str:
-    """The name of its files without their endings, such as ``edlstm_gates_cpu``."""
+    """The name of its files without their endings, such as ``edlstm_gates_cpu``; another one for a run that was
+    stopped, whose record is not to take the place of a whole one.
+    """
     gpu = record["machine"].get("gpu")
     device = record["device"] if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return f"{record['name']}_{device}"
+    return f"{record['name']}_{device}" + ("_stopped" if record.get("stopped") else "")
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -171,8 +176,9 @@ def page(record: Record) -> str:
     """The record as markdown: a table a case, then growth, then bars."""
     told = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     rehearsed = "**A rehearsal, with sizes that only show that it runs.** " if record["rehearsed"] else ""
-    how = _how(record["device"])
-    lines = [f"# {record['name']}", "", f"{record['about']}.", "", f"{rehearsed}{record['note']} {how} {told}.", ""]
+    stopped = "**Stopped before all of it was measured.** " if record.get("stopped") else ""
+    how = f"{rehearsed}{stopped}{record['note']} {_how(record['device'])} {told}."
+    lines = [f"# {record['name']}", "", f"{record['about']}.", "", how, ""]
     rows = [row for row in record["rows"] if "growth" not in row]
     for case in dict.fromkeys(row["case"] for row in rows):
         lines += [f"## {case}", "", table([row for row in rows if row["case"] == case]), ""]

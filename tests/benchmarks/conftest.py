@@ -45,5 +45,5 @@ def benchmark_of():
 @pytest.fixture
 def made(benchmark_of):
     """The record of that benchmark, measured for a moment."""
-    rows, bars = measure.of_benchmark(benchmark_of(), SMALL, 0.001, tell=lambda title: None)
+    rows, bars, _ = measure.of_benchmark(benchmark_of(), SMALL, 0.001, tell=lambda title: None)
     return record.make(benchmark_of(), SMALL, {"cpu": "none", "commit": "abc", "threads": 1}, 0.001, rows, bars)

@@ -1,7 +1,10 @@
 """``vpfast bench``: what there is, what it refuses, what it leaves."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -10,8 +13,8 @@ import torch
 
 from vpfast.benchmarks import plots, record, registry
 from vpfast.benchmarks.measure import titles
-from vpfast.benchmarks.problem import Benchmark, Place
-from vpfast.cli import doctor, main
+from vpfast.benchmarks.problem import Benchmark, Case, Place
+from vpfast.cli import bench, doctor, main
 
 
 @pytest.mark.parametrize("name", registry.MODULES)
@@ -111,6 +114,41 @@ def test_a_wrong_result_leaves_nothing(tmp_path, capsys, monkeypatch, benchmark_
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_was_measured_before_ctrl_c_is_kept_beside_the_whole_record(tmp_path, capsys, monkeypatch, benchmark_of):
+    def stopped(place):
+        raise KeyboardInterrupt
+
+    whole, last = benchmark_of(), Case("last", stopped)
+    benchmark = Benchmark(whole.name, whole.about, whole.note, lambda place: [*whole.cases(place), last])
+    monkeypatch.setattr(registry, "load", lambda name: benchmark)
+    arguments = ["bench", "edlstm_gates", "--rehearse", "--seconds", "0.001", "--out", str(tmp_path)]
+    assert main(arguments) == 130
+    assert "**Stopped before all of it was measured.**" in capsys.readouterr().out
+    assert {path.stem for path in tmp_path.iterdir()} == {"edlstm_gates_cpu_stopped"}
+    found = record.read(tmp_path / "edlstm_gates_cpu_stopped.json")
+    assert found["stopped"]
+    assert {row["case"] for row in found["rows"]} == {"1000 numbers"}
+
+    assert main([*arguments, "--case", "last"]) == 130  # before anything was measured
+    assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_in_a_terminal_is_answered_by_the_benchmark_that_runs(tmp_path):
+    """Both processes hear it; the one that measures keeps its figures, and no other benchmark begins."""
+    command = [sys.executable, "-m", "vpfast", "bench", "stream", "loading", "--rehearse", "--seconds", "0.1"]
+    process = subprocess.Popen(
+        [*command, "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    told = (line for line in process.stderr if line.startswith("... "))
+    assert next(told) != next(told)  # the second case begins
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "**Stopped before all of it was measured.**" in out
+    assert {path.stem for path in tmp_path.iterdir()} == {"stream_cpu_stopped"}
+
+
 def test_a_benchmark_for_the_cpu_alone_says_so(capsys, monkeypatch):
     monkeypatch.setattr(registry, "load", lambda name: Benchmark(name, "", "", lambda place: [], places=("cpu",)))
     assert main(["bench", "loading", "--device", "cuda", "--rehearse"]) == 0
@@ -121,11 +159,11 @@ def test_several_run_in_processes_of_their_own(tmp_path, monkeypatch):
     ended = {"edlstm_gates": 0, "sampler": 1, "stream": 0}
     seen = []
 
-    def run(command):
+    def process(command):
         seen.append(command[1:])
-        return subprocess.CompletedProcess(command, ended[command[4]])
+        return ended[command[4]]
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(bench, "_process", process)
     assert main(["bench", "--seconds", "2", *ended, "--out", str(tmp_path)]) == 1
     assert seen == [["-m", "vpfast", "bench", name, "--seconds", "2", "--out", str(tmp_path)] for name in ended]
 

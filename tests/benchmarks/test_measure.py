@@ -65,13 +65,13 @@ def test_a_peer_that_does_not_run_is_told_and_vpfast_has_to():
 
 
 def test_cases_are_chosen_by_what_their_titles_contain(benchmark_of):
-    rows, _ = measure.of_benchmark(benchmark_of(), SMALL, 0.001, ["growth"], tell=quiet)
+    rows, *_ = measure.of_benchmark(benchmark_of(), SMALL, 0.001, ["growth"], tell=quiet)
     assert {row["size"] for row in rows} == {64, 128, 256}
     with pytest.raises(
         ValueError, match="--case nothing: edlstm_gates has no such case; there are: 1000 numbers; growth"
     ):
         measure.of_benchmark(benchmark_of(), SMALL, 0.001, ["nothing"], tell=quiet)
-    rows, _ = measure.of_benchmark(benchmark_of(), SMALL, 0.001, growth=False, tell=quiet)
+    rows, *_ = measure.of_benchmark(benchmark_of(), SMALL, 0.001, growth=False, tell=quiet)
     assert {row["case"] for row in rows} == {"1000 numbers"}
 
 
@@ -139,7 +139,7 @@ def test_percentiles_stay_within_what_was_measured():
 
 
 def test_the_way_of_a_gpu_is_rehearsed(benchmark_of):
-    rows, _ = measure.of_benchmark(benchmark_of(), Place("cpu", gpu=True, small=True), 0.001, ["1000"], tell=quiet)
+    rows, *_ = measure.of_benchmark(benchmark_of(), Place("cpu", gpu=True, small=True), 0.001, ["1000"], tell=quiet)
     assert {"copy", "matrix product, float32", OWN, "eager"} <= {row["contender"] for row in rows}
     assert all(row["in_a_row_ms"] > 0 for row in rows if "absent" not in row)
     assert gpu.copying(8, "cpu")()[0].numel() == 1
@@ -177,7 +177,7 @@ def test_a_copy_is_no_larger_than_tells_its_rate(monkeypatch):
 
 def test_a_slope_above_that_of_theory_is_told(benchmark_of, monkeypatch):
     monkeypatch.setattr(measure, "slopes", lambda rows: [{"contender": OWN, "of": "time", "slope": 1.3}])
-    _, bars = measure.of_benchmark(benchmark_of(), Place(), 0.001, ["growth"], tell=quiet)
+    _, bars, _ = measure.of_benchmark(benchmark_of(), Place(), 0.001, ["growth"], tell=quiet)
     assert [str(bar) for bar in bars] == [
         "bar: growth over numbers: doubling, slope of time: 1.30, wanted at most 1.1: not met"
     ]

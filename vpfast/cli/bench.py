@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """Time the operators and models beside what one would use otherwise.
 
 A contender whose result is wrong ends the benchmark without a figure. With several benchmarks each runs in a process
-of its own. Exit status: 0; 1 where a result was wrong or, with --compare, something of vpfast's became slower or takes
-more memory beyond noise; 2 where the request cannot be served."""
+of its own. Ctrl-C ends it; the cases measured until then are printed and, with --out, kept as NAME_DEVICE_stopped.
+Exit status: 0; 1 where a result was wrong or, with --compare, something of vpfast's became slower or takes more memory
+beyond noise; 2 where the request cannot be served; 130 after Ctrl-C."""
+
+STOPPED = 128 + signal.SIGINT
 
 
 def run(argv: Sequence[str]) -> int:
@@ -118,11 +122,21 @@ def one_by_one(names: Sequence[str], argv: Sequence[str], options: argparse.Name
     given = [arg for arg in argv if arg not in options.names]
     worst = 0
     for name in names:
-        done = subprocess.run([sys.executable, "-m", "vpfast", "bench", name, *given])
-        worst = max(worst, done.returncode if done.returncode > 0 else 1 if done.returncode else 0)
-        if done.returncode == 2:
+        code = _process([sys.executable, "-m", "vpfast", "bench", name, *given])
+        worst = max(worst, code if code > 0 else 1 if code else 0)
+        if code in (2, STOPPED):
             break
     return worst
+
+
+def _process(command: Sequence[str]) -> int:
+    """Its exit code. Ctrl-C, which the terminal sends to both, is the command's to answer: it has figures to keep."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def measure(name: str, options: argparse.Namespace) -> int:
@@ -142,18 +156,19 @@ def measure(name: str, options: argparse.Namespace) -> int:
     seconds = options.seconds or (1.0 if place.gpu else 6.0)
     try:
         with denormals_as_zero():  # as `vpfast train` has it, for every contender
-            rows, bars = of_benchmark(benchmark, place, seconds, options.case, not options.no_growth, _progress)
+            found = of_benchmark(benchmark, place, seconds, options.case, not options.no_growth, _progress)
     except WrongResultError as error:
         print(f"vpfast: {name}: {error}: no figures", file=sys.stderr)
         return 1
-    made = record.make(benchmark, place, machine, seconds, rows, bars)
+    rows, bars, stopped = found
+    made = record.make(benchmark, place, machine, seconds, rows, bars, stopped)
     print(record.page(made), flush=True)
     if options.out is not None:
         paths = [record.write(made, options.out)]
         if options.plot:
             paths += importlib.import_module("vpfast.benchmarks.plots").write_all(made, options.out)
         print("\nwrote " + ", ".join(map(str, paths)), file=sys.stderr)
-    return 0
+    return STOPPED if stopped else 0
 
 
 def _progress(title: str) -> None:
