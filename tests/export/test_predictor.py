@@ -54,7 +54,10 @@ def pixels(**changes: Any) -> MSPN:
 
 
 # Compiling takes time with the number of different layers.
-LITTLE: dict[Any, dict[str, Any]] = {pixels: {"levels": 1, "channels": (4, 6)}, codes: {"channels": (4,), "layers": 2}}
+LITTLE: dict[Any, dict[str, Any]] = {
+    pixels: {"levels": 1, "channels": (4, 6)},
+    codes: {"channels": (4,), "layers": 2, "prior_blocks": 1, "prior_attention_every": 1},
+}
 needs_kernels = pytest.mark.skipif(_native.extension is None, reason="needs the compiled extension")
 each_model = pytest.mark.parametrize(
     "make", [pytest.param(pixels, id="MSPN"), pytest.param(codes, id="S-HR-VQVAE", marks=needs_kernels)]
@@ -126,9 +129,9 @@ VARIANTS = {
     "MSPN of the other recurrence": lambda: pixels(recurrence="enc_lstm_dec"),
     "MSPN with the frame fed": lambda: pixels(feed_frame=True, batch_norm=True),
     "MSPN in channels_last": lambda: pixels().to(memory_format=torch.channels_last),
-    "codes layer by layer": lambda: codes(code_order="layers", attention="window"),
-    "codes independent of each other": lambda: codes(code_order="independent", attention="axial"),
-    "codes without attention, in float64": lambda: codes(attention="none").double(),
+    "codes layer by layer": lambda: codes(**LITTLE[codes], code_order="layers", attention="window"),
+    "codes independent of each other": lambda: codes(**LITTLE[codes], code_order="independent", attention="axial"),
+    "codes without attention, in float64": lambda: codes(**LITTLE[codes], attention="none").double(),
 }
 
 
@@ -149,7 +152,8 @@ def test_frames_that_come_at_once_need_no_kernel() -> None:
 
 @needs_kernels
 def test_values_that_are_not_finite_end_what_was_exported() -> None:
-    for model, message in ((codes(), "the encoder gives values"), (codes(), "the prior gives logits")):
+    for message in ("the encoder gives values", "the prior gives logits"):
+        model = codes(**LITTLE[codes])
         broken = model.prior.mix[1].weight if "prior" in message else model.autoencoder.encoder[0].weight
         program = Predictor(model, HORIZON).export(FRAMES)
         assert torch.isfinite(program.module()(FRAMES)).all()
