@@ -1,1 +1,1 @@
-"""Triton kernels, one file an operator, imported when first needed. Installed as ``vpfast.kernels``."""
+"""Triton kernels, a file an operator and its parts, imported when needed. Installed as ``vpfast.kernels``."""

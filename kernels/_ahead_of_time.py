@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not there, and tells the registers and memory that each one takes.
 
-Every file of kernels ends with ``ahead_of_time()``, which lists its kernels with the launch configurations that matter;
+A file that launches kernels ends with ``ahead_of_time()``, which lists them with the configurations that matter;
 ``benchmarks/resources.py`` makes a table of them. Triton must be imported without its interpreter
 (``TRITON_INTERPRET``), which compiles nothing.
 """

@@ -310,12 +310,12 @@ def _fitting(width: int, row_length: int, tensors: list[Tensor], strides: list[i
     return width if row_length % width == 0 else 1
 
 
-def _forward_width(gates: torch.dtype, cell: torch.dtype) -> int:
+def _forward_width(cell: torch.dtype) -> int:
     return 16 // cell.itemsize if cell != torch.float64 else 1
 
 
-def _backward_width(gates: torch.dtype, cell: torch.dtype) -> int:
-    return min(4, _forward_width(gates, cell))
+def _backward_width(cell: torch.dtype) -> int:
+    return min(4, _forward_width(cell))
 
 
 def _items_a_program(width: int, exact: int) -> int:
@@ -346,7 +346,7 @@ def edlstm_gates(gates: Tensor, c_prev: Tensor, order: str) -> tuple[Tensor, Ten
     gates, c_prev = _in_rows(gates, layout), _in_rows(c_prev, layout)
     row_length = c_prev[0].numel() if layout == torch.contiguous_format else c_prev.shape[1]
     strides = [_row_stride(t, layout) for t in (gates, c_prev)]
-    width = _fitting(_forward_width(gates.dtype, c_prev.dtype), row_length, [gates, c_prev], strides)
+    width = _fitting(_forward_width(c_prev.dtype), row_length, [gates, c_prev], strides)
     items = c_prev.numel() // width
     exact = _exactness(gates.dtype, c_prev.dtype)
     constants = _constants(order, width, exact, items)
@@ -373,7 +373,7 @@ def edlstm_gates_backward(
     row_length = c_prev[0].numel() if layout == torch.contiguous_format else c_prev.shape[1]
     tensors = [gates, c_prev, grad_h, grad_c]
     strides = [_row_stride(t, layout) for t in tensors]
-    width = _fitting(_backward_width(gates.dtype, c_prev.dtype), row_length, tensors, strides)
+    width = _fitting(_backward_width(c_prev.dtype), row_length, tensors, strides)
     items = c_prev.numel() // width
     exact = _exactness(gates.dtype, c_prev.dtype)
     constants = _constants(order, width, exact, items)
@@ -414,7 +414,7 @@ def ahead_of_time() -> Iterator[Compilation]:
     """Forward and backward for every pair of types with wide accesses, for two of them also with single ones."""
     for gates, cell in _PAIRS:
         for backward in (False, True):
-            widest = (_backward_width if backward else _forward_width)(gates, cell)
+            widest = (_backward_width if backward else _forward_width)(cell)
             for width in (widest, 1) if gates == cell and gates in (torch.float32, torch.bfloat16) else (widest,):
                 yield _compilation(gates, cell, backward, width)
 

@@ -11,9 +11,9 @@ a single kernel, which would have to add gradients of queries up across programs
 in memory for every block of keys. At d = 16 exponentials are the limit of both (see masked_attention3d_forward.py), at
 d = 64 and more the products.
 
-Before them one pass over the rows finds D and, for half precision, their longest: what forward's survey tells it. A
-plane whose scores are all small and whose rows are all finite is TAME and computes weights in one step; the others are
-left to a second launch, careful as forward's is. For float16 weights carry a factor 2^LIFT and d_ij a unit, a power of
+Before them one pass over the rows finds D and, where forward has a survey, the longest rows. A plane whose scores are
+all small and whose rows are all finite is PLAIN and computes weights in one step; the others are left to a second
+launch, careful as forward's is. For float16 weights carry a factor 2^LIFT and d_ij a unit, a power of
 two no smaller than any |g_i . v_j - D_i|: neither leaves the range of the type on its way into a product.
 """
 

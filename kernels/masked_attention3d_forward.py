@@ -14,11 +14,11 @@ lanes to the exponential; without it, 3.5 and no chain: multiply, exp2, add to t
 
 So nothing is taken off the scores where they are known to be small. A survey of the keys and values (one pass over
 them, a percent of the work) tells the longest key and whether all is finite; by Cauchy-Schwarz no score of a query is
-larger than its length times that. If that is at most 2^32, or 2^14 for float16 whose weights must not leave its range,
-the row is TAME: weights are exp2 of the scores as they are, whose sums cannot overflow or vanish. Programs that find
-their rows otherwise leave them to a second launch that takes off a running maximum, in the order of operations of the
-reference, and is careful about what is not finite: hidden values must not come in as 0 times NaN. Either launch ends
-at once where the other serves. Short clips have no survey, and the second launch alone.
+larger than its length times that. If weights are then at most 2^32, or 2^14 for float16 whose range they must not
+leave, the row is TAME: weights are exp2 of the scores as they are, whose sums cannot overflow or vanish. Programs that
+find their rows otherwise leave them to further launches. PLAIN takes off a running maximum. CAREFUL does so in the
+order of operations of the reference, and minds what is not finite: hidden values must not come in as 0 times NaN. Each
+launch ends at once where another serves. float32 has no TAME; short clips have no survey, and the careful launch alone.
 
 Order. Blocks of one plane follow one another, so that the planes being worked on at a time, few of them, stay in the
 L2 cache; the last blocks, which see most, come first.

@@ -67,8 +67,8 @@ class Setting:
         dtype = "" if self.dtype == torch.float32 else f", {in_words(self.dtype)}"
         return f"{self.mask.name}{window}, {self.grid}, {self.heads} x {self.dim}{dtype}, {kind}"
 
-    def queries(self, device: str = "cpu") -> Tensor:
-        return torch.arange(self.length, device=device)[-self.decode :]
+    def queries(self) -> Tensor:
+        return torch.arange(self.length)[-self.decode :]
 
     @property
     def flops(self) -> int:

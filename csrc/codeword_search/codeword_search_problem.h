@@ -70,7 +70,7 @@ struct Table {
 
 constexpr int64_t kTurns = 4;
 
-// What can be done with vectors and their codes: see the functions of these names in codeword_search_kernel.h.
+// What can be done with vectors and their codes: see the functions of these names in codeword_search_follow.h.
 enum class Step { add_codewords, measure, differentiate, scatter };
 
 // What a step reads and writes; null where it does not.

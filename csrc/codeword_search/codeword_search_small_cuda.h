@@ -26,8 +26,7 @@ namespace vpfast::gpu {
 // A tile: kVectors a thread, as many as registers hold.
 template <int D>
 struct Small {
-  static constexpr int kPieces = D / 4;
-  static constexpr int kVectors = D <= 8 ? 4 : 2;
+  static constexpr int kVectors = small_vectors(D);
   static constexpr int kSlots = kWarp * kVectors;
 };
 

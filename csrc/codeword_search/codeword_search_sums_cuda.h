@@ -79,7 +79,7 @@ __device__ inline bool vector_is_finite(const Problem& p, int64_t vector, const 
   return lanes.all(finite);
 }
 
-// The rows that a chunk's vectors are summed at: keys (count,) of each slot from `first_slot`, one after another.
+// The rows of `slot` that a chunk's vectors are summed at: keys (count,), -1 for a vector that is not counted.
 template <class W>
 __global__ void __launch_bounds__(kThreads) find_rows(const __grid_constant__ Problem p, int64_t first, int32_t count,
                                                       bool finite_only, int32_t slot, int32_t* keys) {

@@ -24,7 +24,7 @@ struct SmallLayout {
   bool whole_rows;  // z can be read and quantized written in pieces of up to 16 bytes
 };
 
-inline int small_vectors(int dim) { return dim <= 8 ? 4 : 2; }
+constexpr int small_vectors(int dim) { return dim <= 8 ? 4 : 2; }  // of a thread
 inline int padded_dim(int64_t dim) { return dim <= 4 ? 4 : dim <= 8 ? 8 : 16; }
 
 // false where 32-bit offsets end: far beyond any shared memory.

@@ -5,8 +5,8 @@
 //
 // includes my_op_kernel.h three times, inside the namespaces vpfast::plain, vpfast::avx2 and vpfast::avx512, each with
 // simd.h for that width and with the compiler allowed those instructions. The kernel file has no include guard,
-// includes nothing, and defines everything it uses there: code shared between the three would be compiled for only one
-// of them. On other processors, and with compilers that lack the pragma, only `plain` exists.
+// includes nothing but parts of itself, and defines everything it uses there: code shared between the three would be
+// compiled for only one of them. On other processors, and with compilers that lack the pragma, only `plain` exists.
 
 #include "common/isa.h"
 

@@ -17,10 +17,10 @@ namespace vpfast {
 
 enum class Layout { contiguous, channels_last };
 
-// Are dims `first`.. packed in C order? Dims of size 1 may have any stride.
-inline bool packed_from(const torch::stable::Tensor& t, int64_t first) {
+// Are all dims but the first packed in C order? Dims of size 1 may have any stride.
+inline bool has_packed_rows(const torch::stable::Tensor& t) {
   int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= first; --d) {
+  for (int64_t d = t.dim() - 1; d >= 1; --d) {
     if (t.size(d) == 1) continue;
     if (t.stride(d) != expected) return false;
     expected *= t.size(d);
@@ -62,7 +62,7 @@ inline torch::stable::Tensor empty_as(const torch::stable::Tensor& t, torch::hea
 
 // `t` itself where its rows are packed (they may lie any distance apart, also 0), else a copy in `layout`.
 inline torch::stable::Tensor in_rows(const torch::stable::Tensor& t, Layout layout) {
-  const bool usable = layout == Layout::contiguous ? packed_from(t, 1) : is_channels_last(t);
+  const bool usable = layout == Layout::contiguous ? has_packed_rows(t) : is_channels_last(t);
   return usable ? t : torch::stable::contiguous(t, memory_format(layout, t.dim()));
 }
 

@@ -1,4 +1,5 @@
-// Vectors of one instruction set, and the elementary functions on them. Included by for_each_isa.h, once for each.
+// Vectors of one instruction set, and the elementary functions on them. Included by for_each_isa.h, once for each,
+// and by what is compiled for one alone.
 //
 // `F32` is a register of floats (4, 8 or 16) on the compiler's own vector types, so one source serves every width.
 // `F64` is a single double: float64 is there to check gradients with, and takes the C library's functions.

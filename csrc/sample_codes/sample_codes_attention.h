@@ -34,7 +34,7 @@ VPFAST_INLINE float highest_of(F32 x) {
 }
 VPFAST_INLINE double highest_of(F64 x) { return x.v; }
 
-// 2^x for x up to 2^kSlack or so; 2^-126 for less than that. As exp2, without the steps that make that 0.
+// 2^x for x up to kSlack or so, 2^-126 for x below -126. As exp2 of simd.h, without the steps that make that 0.
 VPFAST_INLINE F32 weight_of(F32 x) {
   constexpr float k1 = 0.6931470f, k2 = 0.24022242f, k3 = 0.05550734f, k4 = 0.009671513f, k5 = 0.0013264718f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its bits shifted by 23 are 0

@@ -30,7 +30,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <string>
 #include <thread>
 #include <vector>

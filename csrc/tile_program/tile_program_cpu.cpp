@@ -12,8 +12,8 @@
 // for others. Bias, activation, and the split into pieces of one block come between the products of the next, for which
 // the vector units are idle. All threads do every instruction together and meet at its end.
 //
-// Where there are no matrix tiles torch's convolutions serve (vpfast/models/mspn/cpu.py,
-// vpfast/models/shrvqvae/fused.py).
+// Where there are no matrix tiles an MSPN has vpfast.nn.convolution (vpfast/models/mspn/cpu.py), an encoder torch's
+// convolutions (vpfast/models/shrvqvae/fused.py).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -175,7 +175,7 @@ void gate(const Gate& c, const Worker& w) {
 
 // --- small maps ---
 
-// One number of a (B, C, H, W) tensor, or of what it is when twice as large or half as large.
+// One number of a (B, C, H, W) tensor, or of what it is when larger or smaller by a power of two.
 struct Planes {
   const float* data;
   int64_t channels, height, width;

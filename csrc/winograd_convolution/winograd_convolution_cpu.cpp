@@ -28,7 +28,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "common/aligned.h"
 #include "common/isa.h"

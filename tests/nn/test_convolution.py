@@ -15,8 +15,9 @@ from vpfast.models.mspn.cpu import ChannelsLastMSPN
 from vpfast.nn.bottleneck import LEAK, Bottleneck
 from vpfast.nn.convolution import Conv2d, weights_in_use
 from vpfast.ops import _winograd_convolution as winograd
+from vpfast.ops._backend import has_registers
 
-served = pytest.mark.skipif(not winograd.has_registers(), reason="needs the compiled extension and AVX2")
+served = pytest.mark.skipif(not has_registers(), reason="needs the compiled extension and AVX2")
 OPERATORS = torch.ops.vpfast
 SMALL = {"channels": (16, 32, 32), "levels": 2, "hidden_channels": 16}
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vpfast
 from vpfast.nn.convolution import Conv2d, is_faster_in_planes
 from vpfast.ops import _native
-from vpfast.ops._plane_convolution import fills_registers, plane_convolution, reference, reference_weight, serves
+from vpfast.ops._backend import has_registers
+from vpfast.ops._plane_convolution import plane_convolution, reference, reference_weight, serves
 
 native = pytest.mark.skipif(_native.extension is None, reason="needs the compiled extension")
 OPERATORS = torch.ops.vpfast
@@ -124,7 +125,7 @@ def test_refusals(x, weight, bias, said):
 
 # --- where it is taken -----------------------------------------------------------------------------------------------
 
-wide = pytest.mark.skipif(not fills_registers(), reason="needs the compiled extension and AVX2")
+wide = pytest.mark.skipif(not has_registers(), reason="needs the compiled extension and AVX2")
 
 
 def called(monkeypatch, convolution, x):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vpfast
 from vpfast.ops import _native
+from vpfast.ops._backend import has_registers
 from vpfast.ops._winograd_convolution import (
     FORWARD,
     LEAST_CHANNELS,
@@ -23,7 +24,6 @@ from vpfast.ops._winograd_convolution import (
     WEIGHT,
     TransformedWeight,
     convolve,
-    has_registers,
     is_wide,
     reference,
     reference_weight,

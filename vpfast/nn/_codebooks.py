@@ -24,11 +24,6 @@ class Layout(NamedTuple):
         """The number of codewords of each layer."""
         return [self.codebook_size ** (layer if self.strict_tree else 1) for layer in range(1, self.layers + 1)]
 
-    @property
-    def groups(self) -> int:
-        """The number of codebooks of all layers."""
-        return sum(self.sizes) // self.codebook_size
-
     def rows(self, indices: Tensor) -> Tensor:
         """Local codes (..., k) of the first k layers -> the rows of the table that they stand for, (..., k)."""
         rows: list[Tensor] = []

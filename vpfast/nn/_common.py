@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vpfast.ops._backend import autocast_is_on
+
 State = tuple[Tensor, Tensor]
 """(h, c) of a recurrent cell."""
 
@@ -73,8 +75,7 @@ def check_joined(owner: str, name: str, maps: Tensor, like: Tensor, shape: tuple
 
 def autocast_converts(a: Tensor, b: Tensor) -> bool:
     """Whether autocast is on and brings the types of both together: any floating ones short of float64."""
-    device = b.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocast_is_on(b):
         return False
     return a.is_floating_point() and b.is_floating_point() and torch.float64 not in (a.dtype, b.dtype)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vpfast.ops import _plane_convolution as planes
 from vpfast.ops import _winograd_convolution as winograd
+from vpfast.ops._backend import has_registers
 from vpfast.ops._winograd_convolution import TransformedWeight
 
 
@@ -44,7 +45,7 @@ def is_faster_in_planes(model: nn.Module, height: int, width: int) -> bool:
         return False
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = [each for each in convolutions if isinstance(each, Conv2d) and planes.is_narrow(each.weight)]
-    return planes.fills_registers() and 2 * len(narrow) > len(convolutions)
+    return has_registers() and 2 * len(narrow) > len(convolutions)
 
 
 # --- weights that are used more than once -----------------------------------------------------------------------------

@@ -231,6 +231,12 @@ def _has_autocast(device: str) -> bool:
 
 
 @constant_in_traces
+def has_registers() -> bool:
+    """Do compiled kernels run with registers of eight numbers or more? With fewer, torch's convolutions are faster."""
+    return _native.extension is not None and _native.extension.isa() != "plain"
+
+
+@constant_in_traces
 def native_devices(qualified_op: str) -> tuple[str, ...]:
     """Device types that the loaded extension registered a kernel of ``qualified_op`` for. Not traced."""
     if _native.extension is None:

@@ -1,7 +1,7 @@
 """The one ``torch.library`` namespace that every operator of vpfast is registered in.
 
-An operator exists twice: ``vpfast::name``, which the compiled extension implements, and ``vpfast::name_triton``.
-Schema, fake, autograd, autocast and vmap are the same code for both.
+A public operator exists twice: ``vpfast::name``, which the compiled extension implements, and ``vpfast::name_triton``.
+Schema, fake, autograd, autocast and vmap are the same code for both. A private one exists once.
 """
 
 import importlib

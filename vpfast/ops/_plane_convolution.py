@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpfast.ops import _native
-from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._backend import autocast_is_on, current_backend, has_registers, is_transformed
 from vpfast.ops._library import LIBRARY, register_fake, register_vmap
-from vpfast.ops._tracing import constant_in_traces, is_looked_at
+from vpfast.ops._tracing import is_looked_at
 
 FORWARD, WEIGHT = "plane_convolution", "plane_convolution_weight"
 MOST_PRODUCTS = 1024
@@ -60,7 +60,7 @@ def plane_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Is this kernel the one to take for such maps, and may it be taken?"""
-    if is_looked_at() or not fills_registers() or not is_narrow(weight):
+    if is_looked_at() or not has_registers() or not is_narrow(weight):
         return False
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
@@ -81,12 +81,6 @@ def has_whole_rows(height: int, width: int) -> bool:
 def is_narrow(weight: Tensor) -> bool:
     """Has a convolution's weight so few channels?"""
     return weight.shape[0] * weight.shape[1] <= MOST_PRODUCTS
-
-
-@constant_in_traces
-def fills_registers() -> bool:
-    """Does the kernel run with registers of eight or sixteen numbers? With fewer, torch's convolutions are faster."""
-    return _native.extension is not None and _native.extension.isa() in ("avx2", "avx512", "amx")
 
 
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------

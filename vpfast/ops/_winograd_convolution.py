@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpfast.ops import _native
-from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
+from vpfast.ops._backend import autocast_is_on, current_backend, has_registers, is_transformed
 from vpfast.ops._library import LIBRARY, register_fake, register_vmap
 from vpfast.ops._plane_convolution import gradients
-from vpfast.ops._tracing import constant_in_traces, is_looked_at
+from vpfast.ops._tracing import is_looked_at
 
 TRANSFORM, FORWARD, WEIGHT = "winograd_weights", "winograd_convolution", "winograd_convolution_weight"
 PANEL = 32
@@ -126,12 +126,6 @@ def takes(weight: Tensor, bias: Tensor | None) -> bool:
 def is_wide(weight: Tensor) -> bool:
     """Is a convolution's weight 3x3, with channels enough?"""
     return tuple(weight.shape[2:]) == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS
-
-
-@constant_in_traces
-def has_registers() -> bool:
-    """Does the kernel run with registers of eight numbers or more? Torch's convolutions do, where the processor can."""
-    return _native.extension is not None and _native.extension.isa() != "plain"
 
 
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class CompiledPass:
         if len(prior.attentions):
             masks = prior.attentions[0].attention.masks  # type: ignore[union-attr, assignment]
         self.masks = [mask.name for mask in masks]
-        self.windows = [-1 if radius is None else radius for mask in masks for radius in mask.window or (None,) * 3]
+        self.windows = [radius for mask in masks for radius in mask.radii]
         every = config.prior_attention_every if len(prior.attentions) else 0
         self.sizes = [config.prior_channels, config.prior_blocks, every, config.prior_heads, config.prior_head_dim]
         self.sizes += [config.prior_ffn, config.prior_head, config.layers, config.codebook_size, first, last]
