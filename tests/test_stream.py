@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vpfast
 from vpfast import Stream
 from vpfast.models import MSPN, MSPNConfig
 
@@ -113,3 +114,15 @@ def test_a_refused_frame_leaves_the_stream_where_it_was(model: MSPN, bad: Tensor
     with pytest.raises((ValueError, TypeError)):
         stream.push(bad)
     assert torch.equal(stream.push(FRAMES[0, 1]), model.predict(FRAMES[:1, :2], 1)[0, 0])
+
+
+@pytest.mark.parametrize("make", [lambda model: model, vpfast.optimize], ids=["model", "optimized"])
+def test_what_is_pushed_out_is_the_callers_to_change(make: Callable[[MSPN], MSPN]) -> None:
+    torch.manual_seed(0)
+    config = MSPNConfig(in_channels=1, channels=(4, 6), levels=1, hidden_channels=4)
+    model, frames = make(MSPN(config).eval()), torch.rand(4, 1, 8, 8)
+    changed, left = vpfast.Stream(model), vpfast.Stream(model)
+    for frame in frames:
+        prediction, wanted = changed.push(frame), left.push(frame)
+        assert torch.equal(prediction, wanted)
+        prediction.mul_(255)

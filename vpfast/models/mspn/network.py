@@ -174,7 +174,7 @@ class MSPN(nn.Module, Pretrained):
         not compute it again.
         """
         ahead = state.ahead or self._look_ahead(state)
-        return ahead.predictions[0], state._replace(ahead=ahead)
+        return ahead.predictions[0].clone(), state._replace(ahead=ahead)  # the caller's, to change as they like
 
     def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a checkpoint of the MSPN authors' released code, all of it or nothing.
