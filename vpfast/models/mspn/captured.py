@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vpfast.models._frames import check_count, check_frames
 from vpfast.models._graphs import CudaLanes, CudaRecorder, GraphCache, Lanes, OneLane, Recorder
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, Ahead, MSPNState, shrink
-from vpfast.models.mspn.norms import without_norms
 from vpfast.nn import EDLSTMCell, EncLSTMDecCell
 from vpfast.nn._common import State
 from vpfast.nn.bottleneck import LEAK, Bottleneck
@@ -205,14 +205,24 @@ def prepared(model: MSPN, dtype: torch.dtype) -> MSPN:
     network = copy.deepcopy(model).eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, Bottleneck):
-            first, second = without_norms(module.body)
-            (skip,) = without_norms(module.skip)
+            first, second = _without_norms(module.body)
+            (skip,) = _without_norms(module.skip)
             assert second.bias is not None
             assert skip.bias is not None
             second.bias += skip.bias
             skip.bias = None
             module.body, module.skip = nn.Sequential(first, nn.LeakyReLU(LEAK), second), nn.Sequential(skip)
     return network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _without_norms(layers: nn.Sequential) -> list[nn.Conv2d]:
+    found: list[nn.Conv2d] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            found.append(layer)
+        elif isinstance(layer, nn.BatchNorm2d):
+            found[-1] = fuse_conv_bn_eval(found[-1], layer)
+    return found
 
 
 def _in_pairs(flat: Sequence[Tensor]) -> tuple[State, ...]:

@@ -25,7 +25,6 @@ from vpfast.models._tiles import (
 )
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN
-from vpfast.models.mspn.norms import without_norms
 from vpfast.nn import EDLSTMCell
 from vpfast.nn.bottleneck import Bottleneck
 from vpfast.nn.codec import DecoderStage, EncoderStage
@@ -72,12 +71,9 @@ class _Level:
 
     def _block(self, block: nn.Module) -> _Block:
         assert isinstance(block, Bottleneck)
-        narrow, wide = without_norms(block.body)
-        (skip,) = without_norms(block.skip)
-        assert wide.bias is not None
-        assert skip.bias is not None
-        entering = self._sum([narrow.weight], narrow.bias)
-        return _Block(entering, self._sum([wide.weight, skip.weight], wide.bias + skip.bias))
+        narrow, wide = _folded(block.body)
+        (skip,) = _folded(block.skip)
+        return _Block(self._sum([narrow[0]], narrow[1]), self._sum([wide[0], skip[0]], wide[1] + skip[1]))
 
     def _merge(self, stage: DecoderStage) -> Sum:
         return self._sum(list(stage.merge.weight.chunk(2, dim=1)), stage.merge.bias)
@@ -97,6 +93,23 @@ class _Level:
 def _stages(modules: nn.ModuleList, kind: type) -> list:  # type: ignore[type-arg]
     assert all(isinstance(module, kind) for module in modules)
     return list(modules)
+
+
+def _folded(layers: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of every convolution, those of the batch norm after it worked in."""
+    assert isinstance(layers, nn.Sequential)
+    found: list[tuple[Tensor, Tensor]] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is not None
+            found.append((layer.weight.detach(), layer.bias.detach()))
+        elif isinstance(layer, nn.BatchNorm2d):
+            weight, bias = found[-1]
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            gain = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
+            found[-1] = (weight * gain[:, None, None, None], (bias - layer.running_mean) * gain + layer.bias.detach())
+    return found
 
 
 class MSPNWeights:
