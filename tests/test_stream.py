@@ -1,6 +1,7 @@
 """Frame-by-frame use: equal to the whole clip, for one video and for several, and never off its place."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import vpfast
 from vpfast import Stream
-from vpfast.models import MSPN, MSPNConfig
+from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +117,59 @@ def test_a_refused_frame_leaves_the_stream_where_it_was(model: MSPN, bad: Tensor
     assert torch.equal(stream.push(FRAMES[0, 1]), model.predict(FRAMES[:1, :2], 1)[0, 0])
 
 
-@pytest.mark.parametrize("make", [lambda model: model, vpfast.optimize], ids=["model", "optimized"])
-def test_what_is_pushed_out_is_the_callers_to_change(make: Callable[[MSPN], MSPN]) -> None:
+def predictors() -> dict[str, Any]:
     torch.manual_seed(0)
-    config = MSPNConfig(in_channels=1, channels=(4, 6), levels=1, hidden_channels=4)
-    model, frames = make(MSPN(config).eval()), torch.rand(4, 1, 8, 8)
-    changed, left = vpfast.Stream(model), vpfast.Stream(model)
-    for frame in frames:
-        prediction, wanted = changed.push(frame), left.push(frame)
+    fields: dict[str, Any] = {"in_channels": 1, "channels": (4, 6), "levels": 1, "hidden_channels": 4}
+    plain, fed = (MSPN(MSPNConfig(**fields, feed_frame=feed_frame)).eval() for feed_frame in (False, True))
+    for model in (plain, fed):
+        model.levels[0].head.bias.data.fill_(0.5)  # type: ignore[union-attr]
+    latent = {"in_channels": 1, "channels": (4, 8), "residual_channels": 4, "latent_channels": 2}
+    prior = {
+        "prior_channels": 4,
+        "prior_blocks": 1,
+        "prior_heads": 1,
+        "prior_ffn": 4,
+        "prior_attention_every": 1,
+        "prior_head": 4,
+    }
+    by_codes = SHRVQVAE(SHRVQVAEConfig(**latent, **prior)).eval()  # type: ignore[arg-type]
+    by_codes.autoencoder.quantizer.codewords.data.normal_()
+    optimized = {f"{name}, optimized": vpfast.optimize(each) for name, each in (("MSPN", plain), ("feed_frame", fed))}
+    return {"MSPN": plain, "feed_frame": fed, **optimized, "S-HR-VQVAE": by_codes}
+
+
+PREDICTORS = predictors()
+
+
+@pytest.mark.parametrize("model", PREDICTORS.values(), ids=PREDICTORS)
+def test_what_is_pushed_in_and_out_is_the_callers_to_change(model: Any) -> None:
+    changed, left, buffer = vpfast.Stream(model), vpfast.Stream(model), torch.empty(1, 8, 8)
+    for frame in torch.rand(4, 1, 8, 8):
+        prediction, wanted = changed.push(buffer.copy_(frame)), left.push(frame)
         assert torch.equal(prediction, wanted)
         prediction.mul_(255)
+        buffer.fill_(float("nan"))
+    assert torch.equal(changed.rollout(3), left.rollout(3))
+
+
+@pytest.mark.parametrize("model", PREDICTORS.values(), ids=PREDICTORS)
+@torch.no_grad()
+def test_what_steps_and_peeks_give_is_no_part_of_a_state(model: Any) -> None:
+    """Steps with None, which stands for the prediction, included: and a state may be gone on from twice."""
+    _, state = model.step(torch.rand(1, 1, 8, 8), model.init_state(1, 8, 8))
+    seen, ahead = model.peek(state)
+    wanted = [each.clone() for each in (seen, model.step(None, ahead)[0], *steps(model, ahead))]
+    seen.mul_(0)
+    model.step(None, ahead)[0].mul_(0)
+    found = [model.peek(ahead)[0], model.step(None, ahead)[0], *steps(model, ahead, by=0)]
+    assert all(map(torch.equal, found, wanted))
+
+
+def steps(model: Any, state: Any, by: float = 1) -> list[Tensor]:
+    """The predictions of two steps with None, each multiplied ``by`` a number once a copy was made."""
+    made = []
+    for _ in range(2):
+        prediction, state = model.step(None, state)
+        made.append(prediction.clone())
+        prediction.mul_(by)
+    return made

@@ -1,6 +1,5 @@
 """The fastest exact inference of a model on the device that it is on."""
 
-import copy
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from vpfast.models import MSPN, SHRVQVAE
 from vpfast.models.mspn import captured, cpu
 from vpfast.models.shrvqvae.captured import optimize_shrvqvae
+from vpfast.nn._as_made import plain_copy
 
 State = Any
 """What a model remembers between two frames; only the model that made it can read it."""
@@ -35,19 +35,21 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
     >>> future = fast.predict(frames, horizon=10)
     >>> stream = vpfast.Stream(fast)
 
-    The model itself stays as it is. Weights are copied, so training it further does not change the copy.
+    The model itself stays as it is. Weights are copied, so training it further does not change the copy;
+    parametrizations and pruning are worked in.
 
     Args:
-        model: an MSPN or an S-HR-VQVAE; in evaluation mode if it has batch norms.
+        model: an MSPN or an S-HR-VQVAE; its batch norms, if it has any, in evaluation mode.
         dtype: ``torch.bfloat16`` computes in that type, or in float32 on a CPU without instructions for it; frames and
             predictions keep the type of the model. None computes in the type of the model, with the precision of
             ``torch.get_float32_matmul_precision()``: ``"highest"``, torch's default, has the accuracy of float32;
             on matrix tiles ``"high"`` is less accurate and twice as fast.
 
     Raises:
-        TypeError: another model, a type that is neither None nor bfloat16, or bfloat16 for an S-HR-VQVAE on the CPU,
+        TypeError: another model, or one with layers replaced, hooks, or methods of a subclass, of which an optimized
+            MSPN would know nothing; a type that is neither None nor bfloat16, or bfloat16 for an S-HR-VQVAE on the CPU,
             whose kernels compute in float32 there.
-        ValueError: a model in training mode that has batch norms.
+        ValueError: batch norms in training mode.
     """
     if dtype not in (None, torch.bfloat16):
         raise TypeError(f"optimize computes in the model's own type (None) or in torch.bfloat16, got {dtype}")
@@ -60,5 +62,5 @@ def optimize(model: MSPN | SHRVQVAE, dtype: torch.dtype | None = None) -> Optimi
             return optimize_shrvqvae(model, dtype)
         if dtype is not None:
             raise TypeError("optimize takes an SHRVQVAE on the CPU in its own type: its kernels compute in float32")
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        return plain_copy(model)
     raise TypeError(f"optimize takes an MSPN or an SHRVQVAE, got {type(model).__name__}")

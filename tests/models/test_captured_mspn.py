@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tape import TapeRecorder
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -216,6 +217,10 @@ def test_refusals_of_a_step() -> None:
         fast.step(torch.rand(2, 1, 8, 16).double(), fast.init_state(2, 8, 16))
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         optimize_mspn(tiny(batch_norm=True).train(), None)
+    model = tiny(batch_norm=True)
+    model.levels[0].cell.decoder.stages[0].before.body[1].train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+        optimize_mspn(model, None)
     assert recorder.captures == 0
 
 
@@ -234,6 +239,124 @@ def test_a_prepared_network_has_no_norms_and_one_bias_a_sum() -> None:
     assert all(block.skip[0].bias is None for block in blocks)
     assert network._weight.is_contiguous(memory_format=torch.channels_last)
     close(network.predict(clip(model), 2), model.predict(clip(model), 2))
+
+
+@every_variant
+@torch.no_grad()
+def test_what_steps_and_peeks_are_given_and_give_is_no_part_of_a_state(changes: dict[str, Any]) -> None:
+    model = tiny(**changes)
+    fast, _ = captured(model)
+    frame = clip(model)[:, 0]
+    _, state = fast.step(frame, fast.init_state(*frame.shape[:1], *frame.shape[2:]))
+    frame.fill_(0.5)
+    seen, ahead = fast.peek(state)
+    wanted = [seen.clone(), fast.rollout(ahead, 3)]
+    seen.mul_(0)
+    fast.step(None, ahead)[0].mul_(0)
+    close(fast.peek(ahead)[0], wanted[0])
+    close(fast.rollout(ahead, 3), wanted[1])
+    close(seen + wanted[0], model.step(None, model.step(clip(model)[:, 0], model.init_state(2, 8, 16))[1])[0])
+
+
+# --- models that are no longer what MSPN made -------------------------------------------------------------------------
+
+
+def pruned(model: MSPN) -> None:
+    for layer in convolutions(model):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    model(clip(model)).predictions[0].sum().backward()
+
+
+def normed(model: MSPN) -> None:
+    for layer in convolutions(model):
+        parametrizations.weight_norm(layer)
+
+
+def synchronized(model: MSPN) -> None:
+    model.levels = nn.SyncBatchNorm.convert_sync_batchnorm(model.levels)
+
+
+def normed_without_weights(model: MSPN) -> None:
+    for block in (part for part in model.modules() if isinstance(part, Bottleneck)):
+        for layers in (block.body, block.skip):
+            norm = nn.BatchNorm2d(layers[0].out_channels, affine=False, eps=0.1)
+            norm.running_mean.fill_(0.1)
+            layers[1] = norm
+
+
+def convolutions(model: MSPN) -> list[nn.Conv2d]:
+    return [part for part in model.modules() if isinstance(part, nn.Conv2d)]
+
+
+OPTIMIZERS = {"recorded": lambda model: captured(model)[0], "here": vpfast.optimize}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("change", [pruned, normed, synchronized, normed_without_weights])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_changed_model_predicts_as_it_does(make: Any, change: Any, batch_norm: bool) -> None:
+    model = tiny(batch_norm=batch_norm)
+    before = model.predict(clip(model), 2)
+    if change is normed_without_weights and not batch_norm:
+        return
+    change(model)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    close(make(model).predict(clip(model), 2), model.predict(clip(model), 2))
+    assert not torch.allclose(model.predict(clip(model), 2), before)
+
+
+def replaced(model: MSPN) -> None:
+    block = model.levels[0].cell.encoder.stages[0].before
+    block.body[1] = nn.GroupNorm(1, block.body[0].out_channels)
+
+
+def activated_otherwise(model: MSPN) -> None:
+    model.levels[1].cell.decoder.stages[0].after.body[2] = nn.LeakyReLU(0.2)
+
+
+def without_statistics(model: MSPN) -> None:
+    model.levels[0].cell.encoder.stages[0].after.skip[1] = nn.BatchNorm2d(8, track_running_stats=False).eval()
+
+
+def hooked(model: MSPN) -> None:
+    model.levels[0].head.register_forward_hook(lambda part, given, made: made * 0)
+
+
+def patched(model: MSPN) -> None:
+    model.levels[0].head.forward = lambda x: x
+
+
+def subclassed(model: MSPN) -> None:
+    model.__class__ = type("Clamped", (MSPN,), {"predict": lambda self, *given: MSPN.predict(self, *given).clamp(0, 1)})
+
+
+REFUSED = {
+    replaced: r"'levels.0.cell.encoder.stages.0.before.body.1' is GroupNorm\(.*in place of BatchNorm2d",
+    activated_otherwise: r"body.2' is LeakyReLU\(negative_slope=0.2\) in place of LeakyReLU\(negative_slope=0.01\)",
+    without_statistics: r"after.skip.1' is BatchNorm2d\(8,.*track_running_stats=False\) in place of",
+    hooked: "optimize does not call hooks, and 'levels.0.head' has some",
+    patched: "does not call the `forward` that was set on 'levels.0.head'",
+    subclassed: "optimize does what MSPN does, and Clamped.predict is another",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.items())
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_what_optimize_would_not_do_is_refused(make: Any, change: Any, message: str) -> None:
+    model = tiny(batch_norm=True)
+    change(model)
+    with pytest.raises(TypeError, match=message):
+        make(model)
+
+
+def test_a_subclass_that_predicts_as_ever_is_taken() -> None:
+    model = tiny()
+    expected = vpfast.optimize(model).predict(clip(model), 2)
+    model.__class__ = type("Named", (MSPN,), {"training_step": lambda self: None})
+    assert torch.equal(vpfast.optimize(model).predict(clip(model), 2), expected)
 
 
 class Launches(TorchDispatchMode):

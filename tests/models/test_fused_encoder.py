@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import vpfast
 from vpfast.models import HRVQVAE, SHRVQVAEConfig
@@ -63,7 +64,7 @@ def by_modules(model: HRVQVAE, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def in_one_pass(model: HRVQVAE, x: Tensor) -> Tensor:
-    engine = fused.engine_of(model.encoder, x)
+    engine = fused.engine_of(model.encoder, model.config, x)
     assert engine is not None
     return engine.latent(x, hrvqvae._GAIN[model.config.scaling])
 
@@ -199,6 +200,90 @@ def test_where_it_does_not_serve_the_modules_do(engine: type[fused.Engine], monk
             model.indices(x)
         monkeypatch.setattr(fused, "_OPERATORS", ("an_operator_that_is_not_there",))
         model.indices(x)
+
+
+class Scaled(nn.Module):
+    """A parametrization whose result hangs on a buffer."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def parametrized(model: HRVQVAE) -> None:
+    parametrize.register_parametrization(model.encoder[0], "weight", Scaled(-2.0))
+
+
+def parametrized_and_changed(model: HRVQVAE) -> None:
+    parametrize.register_parametrization(model.encoder[0], "weight", Scaled(1.0))
+    model.indices(frames(2))
+    model.encoder[0].parametrizations.weight[0].factor.fill_(-2.0)
+
+
+def normed_and_trained(model: HRVQVAE) -> None:
+    for layer in (model.encoder[2], model.encoder[-1]):
+        parametrizations.spectral_norm(layer)
+    model.eval().indices(frames(2))
+    model.train()
+    for _ in range(5):
+        model.encoder(frames(2))
+    model.eval()
+
+
+def pruned_and_loaded(model: HRVQVAE) -> None:
+    prune.l1_unstructured(model.encoder[0], "weight", 0.5)
+    layers = ("weight_orig", "weight", "bias")
+    state = model.state_dict()
+    model.load_state_dict({name: -value if name.endswith(layers) else value for name, value in state.items()})
+
+
+def patched(model: HRVQVAE) -> None:
+    model.encoder[0].forward = lambda x, forward=model.encoder[0].forward: -forward(x)
+
+
+def wrapped(model: HRVQVAE) -> None:
+    model.encoder[-1] = nn.Sequential(model.encoder[-1], nn.Conv2d(3, 3, 1))
+
+
+def activated_otherwise(model: HRVQVAE) -> None:
+    model.encoder[1] = nn.GELU()
+
+
+def without_a_block(model: HRVQVAE) -> None:
+    model.encoder[5] = nn.Identity()
+
+
+def padded_otherwise(model: HRVQVAE) -> None:
+    model.encoder[0].padding_mode = "circular"
+
+
+CHANGES = [parametrized, parametrized_and_changed, normed_and_trained, pruned_and_loaded, patched, wrapped]
+CHANGES += [activated_otherwise, without_a_block, padded_otherwise]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("first", [False, True], ids=["at once", "after it has encoded"])
+def test_other_layers_than_those_it_was_made_with_do_their_own_work(
+    change: Callable[[HRVQVAE], None], first: bool
+) -> None:
+    model, x = autoencoder(latent_channels=3), frames(2)
+    before = model.indices(x) if first else None
+    change(model)
+    found = model.indices(x)
+    with vpfast.backend("reference"):
+        assert torch.equal(found, model.indices(x))
+    assert before is None or not torch.equal(found, before)
+
+
+def test_a_compiled_encoder_encodes() -> None:
+    model, x = autoencoder(), frames(2)
+    expected = by_modules(model, x)
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    assert torch.equal(by_modules(model, x), expected)
+    assert model.indices(x).shape == (2, 8, 12, 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

@@ -2,14 +2,16 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import vpfast
 from vpfast.models import SHRVQVAEConfig, STPixelCNN
@@ -266,6 +268,73 @@ def test_a_bar_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused(sampler: Callable[..., Tensor], changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sampler(network(), **{"codes": clip(), "horizon": 1, **changes})
+
+
+def test_numbers_of_numpy_and_of_tensors_are_numbers() -> None:
+    plain = sample(network(), clip(), 1, temperature=1.5, top_k=2, num_futures=2, seed=7)
+    found = sample(
+        network(), clip(), np.int64(1), np.float32(1.5), np.int32(2), np.uint8(7), num_futures=torch.tensor(2)
+    )
+    assert torch.equal(found, plain)
+    assert torch.equal(sample(network(), clip(), 1, torch.tensor(1.5), 2, 7, 2), plain)
+    assert torch.equal(sample_naively(network(), clip(), 1, np.float64(1.5), np.int64(2), 7, np.int64(2)), plain)
+
+
+def made_of_others(prior: STPixelCNN) -> Iterator[nn.Module]:
+    """Linear layers whose weights a hook makes when they are called, and one that a parametrization makes."""
+    linear = [part for part in prior.modules() if isinstance(part, nn.Linear)]
+    for part in linear[::2]:
+        prune.l1_unstructured(part, "weight", 0.3)
+    with pytest.warns(FutureWarning):
+        weight_norm(linear[1])
+    parametrizations.weight_norm(linear[3])
+    yield from linear
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_made_of_others_are_those_of_the_moment(conditioning: str, backend: str) -> None:
+    prior = network(torch.float32, conditioning=conditioning)
+    before = sample(prior, clip(), 2)
+    changed = list(made_of_others(prior))
+    with torch.no_grad():
+        for part in changed:
+            for parameter in part.parameters():
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    with vpfast.backend(backend):
+        found = sample(prior, clip(), 2)
+        assert torch.equal(found, sample_naively(prior, clip(), 2))
+    assert not torch.equal(found, before)
+
+
+def test_a_prior_with_other_layers_is_refused() -> None:
+    prior = network()
+    prior.blocks[0].out = nn.Sequential(prior.blocks[0].out)
+    with pytest.raises(TypeError, match=r"sample reads the layers that STPixelCNN is made of: 'blocks.0.out' is Seq"):
+        sample(prior, clip(), 1)
+    prior = network()
+    prior.mlp[0].forward = lambda x: x
+    with pytest.raises(TypeError, match=r"does not call the `forward` that was set on 'mlp.0', Linear\("):
+        sample(prior, clip(), 1)
+
+
+def test_a_compiled_prior_gives_the_same_codes() -> None:
+    prior = network()
+    assert torch.equal(sample(torch.compile(prior, backend="eager"), clip(), 1), sample(prior, clip(), 1))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+def test_within_a_transform_that_sees_nothing_of_it(conditioning: str) -> None:
+    prior = network(torch.float32, conditioning=conditioning)
+    expected = sample(prior, clip(), 1)
+    seen = []
+
+    def by(factor: Tensor) -> Tensor:
+        seen.append(sample(prior, clip(), 1))
+        return (factor * seen[-1]).sum()
+
+    assert torch.func.grad(by)(torch.tensor(2.0)) == expected.sum()
+    assert torch.equal(seen[0], expected)
 
 
 def test_an_unknown_order_is_refused() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vpfast.nn._common import as_integer, autocast_converts
+from vpfast.ops._backend import is_mapped
 
 LOWEST, HIGHEST = -0.5, 1.5
 """Accepted values: [0, 1] with room for predictions, which are not clamped, to be fed back."""
@@ -111,8 +112,8 @@ def require(holds: Tensor, message: str) -> None:
 
 
 def values_can_be_read(frames: Tensor) -> bool:
-    """Whether there are values to look at, which neither a trace nor a CUDA graph being captured has."""
-    if torch.compiler.is_compiling() or frames.is_meta or isinstance(frames, FakeTensor):
+    """Whether there are values to look at, which no trace, no ``vmap`` and no CUDA graph being captured has."""
+    if torch.compiler.is_compiling() or frames.is_meta or isinstance(frames, FakeTensor) or is_mapped(frames):
         return False
     return not (frames.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -4,9 +4,9 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpfast.ops._backend import autocast_is_on
+from vpfast.ops._backend import autocast_is_on, is_mapped
 
 State = tuple[Tensor, Tensor]
 """(h, c) of a recurrent cell."""
@@ -26,8 +26,10 @@ def zero_state(like: Tensor, shape: tuple[int, int, int, int]) -> State:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last where ``x`` (4-D) is that and nothing else, else contiguous."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    """channels_last where ``x`` (4-D) is that and nothing else, else contiguous; of what vmap maps over as well."""
+    if is_mapped(x) or x.is_contiguous():
+        return torch.contiguous_format
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -115,10 +117,8 @@ def laid_out_as(weight: Tensor, x: Tensor) -> Tensor:
 
     What is joined of maps in both layouts is in neither, and a convolution copies it forward and backward.
     """
-    last = torch.channels_last
-    if weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
-        return x.contiguous(memory_format=last)
-    return x
+    layout = memory_format(weight)
+    return x if layout is torch.contiguous_format else x.contiguous(memory_format=layout)
 
 
 def check_volumes(owner: str, x: Tensor, channels: int, weight: Tensor) -> None:
@@ -164,6 +164,17 @@ def as_integer(value: object) -> int | None:
         return None
 
 
+def as_number(value: object) -> float | None:
+    """``value`` as a float where it is a real number of any kind, NumPy's and tensors' included; None for all else and
+    for bool."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def check_counts(owner: str, *, lowest: int = 1, **counts: int) -> None:
     """Raise ValueError unless each is an integer of at least ``lowest``."""
     for name, count in counts.items():
@@ -197,11 +208,3 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...])
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def has_forward_hooks(model: nn.Module) -> bool:
-    """Does anybody look at what this module, a part of it, or every module is given or gives?"""
-    everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpfast.nn.bottleneck import LEAK, Bottleneck
+from vpfast.nn.bottleneck import Bottleneck, activated
 from vpfast.nn.convolution import Conv2d
 
 Widen = Literal["before_pool", "after_pool"]
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(EncoderStage(i, o, batch_norm, widen) for i, o in pairwise(channels))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = [F.leaky_relu_(self.stem(x), LEAK)]
+        maps = [activated(self.stem, x)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return maps

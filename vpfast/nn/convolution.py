@@ -24,11 +24,13 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if planes.serves(x, self.weight, self.bias):
-            return planes.plane_convolution(x, self.weight, self.bias)
-        if winograd.serves(x, self.weight, self.bias):
-            return winograd.winograd_convolution(x, self.weight, self.bias, _known(self.weight))
-        return super().forward(x)
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them, and may count how often
+        if planes.serves(x, weight, bias):
+            return planes.plane_convolution(x, weight, bias)
+        if winograd.serves(x, weight, bias):
+            return winograd.winograd_convolution(x, weight, bias, _known(weight))
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
 
 
 def convolve_fused(layer: nn.Module, x: Tensor, slope: float, added: Tensor | None = None) -> Tensor:

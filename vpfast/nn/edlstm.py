@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpfast.nn._common import (
@@ -19,7 +18,7 @@ from vpfast.nn._common import (
     given_or_zeros,
     laid_out_as,
 )
-from vpfast.nn.bottleneck import LEAK
+from vpfast.nn.bottleneck import activated
 from vpfast.nn.codec import Decoder, Encoder, Widen
 from vpfast.nn.convolution import Conv2d
 from vpfast.ops import edlstm_gates
@@ -112,4 +111,4 @@ class EDLSTMCell(nn.Module):
             raise ValueError("EDLSTMCell: built with shared_channels, so every step needs the shared feature")
         expected = (feature.shape[0], self.shared_channels, feature.shape[2], feature.shape[3])
         check_joined("EDLSTMCell", "shared", shared, feature, expected)
-        return F.leaky_relu_(self.share(torch.cat((feature, shared), dim=1)), LEAK)
+        return activated(self.share, torch.cat((feature, shared), dim=1))

@@ -179,10 +179,13 @@ class Backends:
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
-    """Does a ``torch.func`` transform or forward-mode differentiation look at one of these?"""
+    """Does a ``torch.func`` transform run, or forward-mode differentiation look at one of these?
+
+    What runs within a transform and looks at none of these tensors may not call an ``autograd.Function`` all the same.
+    """
     if torch.compiler.is_compiling():
         return False
-    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) or _have_tangents(tensors)
+    return torch._C._are_functorch_transforms_active() or _have_tangents(tensors)
 
 
 def is_differentiated(*tensors: torch.Tensor) -> bool:
@@ -194,6 +197,16 @@ def is_differentiated(*tensors: torch.Tensor) -> bool:
         return _derivative_is_traced()
     wrapped = filter(torch._C._functorch.is_functorch_wrapped_tensor, tensors)
     return any(map(_is_wrapped_for_derivatives, wrapped)) or _have_tangents(tensors)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Does ``vmap`` map over it? Then it tells neither its values nor every layout."""
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _have_tangents(tensors: Sequence[torch.Tensor]) -> bool:

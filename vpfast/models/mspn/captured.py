@@ -15,12 +15,12 @@ lane of its own; what the lanes' crossings cost against that has not been measur
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vpfast.models._frames import check_count, check_frames
@@ -28,6 +28,7 @@ from vpfast.models._graphs import CudaLanes, CudaRecorder, GraphCache, Lanes, On
 from vpfast.models.mspn.config import MSPNConfig
 from vpfast.models.mspn.network import MSPN, Ahead, MSPNState, shrink
 from vpfast.nn import EDLSTMCell, EncLSTMDecCell
+from vpfast.nn._as_made import check_as_made, check_without_hooks, plain_copy
 from vpfast.nn._common import State
 from vpfast.nn.bottleneck import LEAK, Bottleneck
 from vpfast.nn.codec import Decoder, Encoder, upsample
@@ -39,7 +40,7 @@ class CapturedMSPN:
     """What :func:`vpfast.optimize` makes of an MSPN on a GPU. Frames and predictions keep the type of the model.
 
     Args:
-        model: copied, in evaluation mode.
+        model: copied by :func:`prepared`.
         dtype: what is computed in; None: the type of the model.
         recorder: records what is replayed; None: CUDA graphs.
         lanes: where levels are at work; None: one after another.
@@ -79,16 +80,16 @@ class CapturedMSPN:
             expected = (len(state.errors[0]), self.config.in_channels, *state.errors[0].shape[2:])
             if tuple(frame.shape) != expected:
                 raise ValueError(f"the state was made for frames of shape {expected}, got {tuple(frame.shape)}")
-            frame = frame.to(self._network._weight.dtype)
+            frame = frame.to(self._network._weight.dtype, copy=self.config.feed_frame)  # which the state keeps
         ahead = state.ahead or self._look_ahead(state)
         state = self._looked_at(ahead, frame, OneLane())
-        return ahead.predictions[0].to(self._weight.dtype), state
+        return ahead.predictions[0].to(self._weight.dtype, copy=True), state
 
     @torch.no_grad()
     def peek(self, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """As :meth:`MSPN.peek`."""
         ahead = state.ahead or self._look_ahead(state)
-        return ahead.predictions[0].to(self._weight.dtype), state._replace(ahead=ahead)
+        return ahead.predictions[0].to(self._weight.dtype, copy=True), state._replace(ahead=ahead)
 
     @torch.no_grad()
     def rollout(self, state: MSPNState, count: int) -> Tensor:
@@ -188,21 +189,28 @@ class CapturedMSPN:
 
 
 def optimize_mspn(model: MSPN, dtype: torch.dtype | None, overlap: bool = False) -> CapturedMSPN:
-    """See :func:`vpfast.optimize`; ``overlap`` records each level in a lane of its own.
-
-    Raises:
-        ValueError: a model in training mode that has batch norms.
-    """
-    if model.config.batch_norm and model.training:
-        raise ValueError("optimize takes a model with batch norms in evaluation mode; call model.eval() first")
+    """See :func:`vpfast.optimize`; ``overlap`` records each level in a lane of its own."""
     lanes = CudaLanes(model._weight.device, model.config.levels) if overlap else None
     return CapturedMSPN(model, dtype, lanes=lanes)
 
 
 def prepared(model: MSPN, dtype: torch.dtype) -> MSPN:
     """A copy for inference that computes the same with less: batch norms are part of the convolutions before them, and
-    the bias of a Bottleneck's skip is part of its last bias."""
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    the bias of a Bottleneck's skip is part of its last bias.
+
+    Raises:
+        TypeError: other layers than those of an MSPN, or any that somebody looks at or stands in for.
+        ValueError: batch norms in training mode.
+    """
+    if any(isinstance(part, _BatchNorm) and part.training for part in model.modules()):
+        raise ValueError("optimize takes a model with batch norms in evaluation mode; call model.eval() first")
+    for method in ("forward", "predict", "init_state", "step", "peek"):
+        if getattr(type(model), method) is not getattr(MSPN, method):
+            raise TypeError(f"optimize does what MSPN does, and {type(model).__name__}.{method} is another")
+    network = plain_copy(model)
+    with torch.device("meta"):
+        check_as_made("optimize", network, MSPN(model.config))
+    check_without_hooks("optimize", network)
     for module in network.modules():
         if isinstance(module, Bottleneck):
             first, second = _without_norms(module.body)
@@ -220,7 +228,7 @@ def _without_norms(layers: nn.Sequential) -> list[nn.Conv2d]:
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             found.append(layer)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, _BatchNorm):
             found[-1] = fuse_conv_bn_eval(found[-1], layer)
     return found
 

@@ -24,8 +24,6 @@ _PROGRAMS_KEPT = 4
 
 def optimize_mspn(model: MSPN, dtype: torch.dtype | None) -> TiledMSPN | ChannelsLastMSPN:
     """See :func:`vpfast.optimize`."""
-    if model.config.batch_norm and model.training:
-        raise ValueError("optimize takes a model with batch norms in evaluation mode; call model.eval() first")
     return TiledMSPN(model, dtype) if _tiles_serve(model) else ChannelsLastMSPN(model, dtype)
 
 
@@ -63,7 +61,7 @@ class TiledMSPN:
         self._weight = model._weight.new_empty(0)
         half = torch.bfloat16 in (dtype, self._weight.dtype)
         self._pieces = 1 if half else _PIECES[torch.get_float32_matmul_precision()]
-        self._weights = MSPNWeights(model, self._pieces)
+        self._weights = MSPNWeights(prepared(model, torch.float32), self._pieces)
         self._programs: dict[Size, tuple[Program, Tensor]] = {}
         self._lock = Turn()
 

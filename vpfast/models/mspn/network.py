@@ -164,8 +164,10 @@ class MSPN(nn.Module, Pretrained):
             expected = (state.errors[0].shape[0], self.config.in_channels, *state.errors[0].shape[2:])
             if tuple(frame.shape) != expected:
                 raise ValueError(f"the state was made for frames of shape {expected}, got {tuple(frame.shape)}")
+            if self.config.feed_frame:
+                frame = frame.clone()  # the state keeps it, and the caller may write into theirs
         predictions, state = self._step(frame, state, feedback)
-        return predictions[0], state
+        return predictions[0].clone(), state  # likewise, as the state may keep it
 
     def peek(self, state: MSPNState) -> tuple[Tensor, MSPNState]:
         """The prediction of the next frame without moving on: -> ``prediction, state``.

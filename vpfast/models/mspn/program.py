@@ -71,9 +71,9 @@ class _Level:
 
     def _block(self, block: nn.Module) -> _Block:
         assert isinstance(block, Bottleneck)
-        narrow, wide = _folded(block.body)
-        (skip,) = _folded(block.skip)
-        return _Block(self._sum([narrow[0]], narrow[1]), self._sum([wide[0], skip[0]], wide[1] + skip[1]))
+        narrow, wide = (layer for layer in block.body if isinstance(layer, nn.Conv2d))
+        (skip,) = (layer for layer in block.skip if isinstance(layer, nn.Conv2d))
+        return _Block(self._sum([narrow.weight], narrow.bias), self._sum([wide.weight, skip.weight], wide.bias))
 
     def _merge(self, stage: DecoderStage) -> Sum:
         return self._sum(list(stage.merge.weight.chunk(2, dim=1)), stage.merge.bias)
@@ -95,25 +95,9 @@ def _stages(modules: nn.ModuleList, kind: type) -> list:  # type: ignore[type-ar
     return list(modules)
 
 
-def _folded(layers: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of every convolution, those of the batch norm after it worked in."""
-    assert isinstance(layers, nn.Sequential)
-    found: list[tuple[Tensor, Tensor]] = []
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            assert layer.bias is not None
-            found.append((layer.weight.detach(), layer.bias.detach()))
-        elif isinstance(layer, nn.BatchNorm2d):
-            weight, bias = found[-1]
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            gain = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
-            found[-1] = (weight * gain[:, None, None, None], (bias - layer.running_mean) * gain + layer.bias.detach())
-    return found
-
-
 class MSPNWeights:
-    """All weights of a network as the kernel reads them: ``memory``, and where in it those of each level are."""
+    """All weights of a network, a ``prepared`` one, as the kernel reads them: ``memory``, and where in it those of each
+    level are."""
 
     def __init__(self, model: MSPN, pieces: int) -> None:
         weights = Weights(pieces)

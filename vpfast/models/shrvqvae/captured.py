@@ -11,7 +11,6 @@ its tensors. That takes the time of a few positions. Between clips nothing is ke
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from vpfast.models._graphs import CudaRecorder, Recorder, Recording
 from vpfast.models.shrvqvae.cache import ConvCache, NetworkCache, Places
-from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
+from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN, as_made
+from vpfast.nn._as_made import check_as_made, plain_copy
 
 if TYPE_CHECKING:  # the model samples, and the sampler looks here
     from vpfast.models.shrvqvae.shrvqvae import SHRVQVAE, SHRVQVAEState
@@ -33,6 +33,7 @@ class CapturablePrior(STPixelCNN):
 
     def __init__(self, prior: STPixelCNN, recorder: NewRecorder = CudaRecorder) -> None:
         super().__init__(prior.config)
+        check_as_made("optimize", prior, as_made(prior.config))
         self.to(prior.norm.weight).load_state_dict(prior.state_dict())
         self.train(prior.training).requires_grad_(False)
         self.recorder, self.idle = recorder, Idle()
@@ -128,7 +129,7 @@ class CapturedSHRVQVAE:
     def __init__(self, model: SHRVQVAE, dtype: torch.dtype | None, recorder: NewRecorder = CudaRecorder) -> None:
         self.config = model.config
         self.dtype = model.autoencoder._weight.dtype
-        self._model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype or self.dtype)
+        self._model = plain_copy(model).to(dtype or self.dtype)
         self._model.prior = CapturablePrior(self._model.prior, recorder)
         self.init_state = self._model.init_state
 

@@ -8,14 +8,17 @@ numbers are those of the modules to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from vpfast.models.shrvqvae.codec import ResidualBlock, make_encoder
+from vpfast.models.shrvqvae.config import SHRVQVAEConfig
 from vpfast.models.shrvqvae.tiled import TiledEncoder
-from vpfast.nn._common import has_forward_hooks
+from vpfast.nn._as_made import is_as_made
 from vpfast.ops import _native
 from vpfast.ops._backend import autocast_is_on, current_backend, is_transformed
 
@@ -45,13 +48,14 @@ class _Packed(NamedTuple):
 _PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
-def engine_of(encoder: nn.Sequential, frames: Tensor) -> Engine | None:
+def engine_of(encoder: nn.Sequential, config: SHRVQVAEConfig, frames: Tensor) -> Engine | None:
     """What takes the place of ``encoder`` for these frames; None where the modules must do it.
 
-    They must where somebody looks at them by hooks, and where a map might not be finite: oneDNN's ReLU makes 0 of NaN,
-    which nobody would be told, and an infinity is no sum of bfloat16.
+    They must where they are others than those that ``config`` makes, parametrized ones for instance, where somebody
+    looks at them, and where a map might not be finite: oneDNN's ReLU makes 0 of NaN, which nobody would be told, and an
+    infinity is no sum of bfloat16.
     """
-    kind = _kind(encoder, frames)
+    kind = _kind() if _serves(encoder, frames) and is_as_made(encoder, _as_made(config)) else None
     if kind is None:
         return None
     # Compared, and not watched by their version counters: no way to write into a weight evades that.
@@ -62,9 +66,14 @@ def engine_of(encoder: nn.Sequential, frames: Tensor) -> Engine | None:
     return known.engine if known.bounded else None
 
 
-def _kind(encoder: nn.Sequential, frames: Tensor) -> type[Engine] | None:
-    if not _serves(encoder, frames):
-        return None
+@lru_cache(maxsize=4)
+def _as_made(config: SHRVQVAEConfig) -> nn.Sequential:
+    """The layers of such an encoder, without weights."""
+    with torch.device("meta"):
+        return make_encoder(config)
+
+
+def _kind() -> type[Engine] | None:
     if _native.extension is not None and _native.extension.isa() == "amx":
         return TiledEncoder
     return OneDNNEncoder if _has_onednn() else None
@@ -81,7 +90,6 @@ def _serves(encoder: nn.Sequential, frames: Tensor) -> bool:
         and frames[:, 0].numel() >= _LEAST_PIXELS
         and not autocast_is_on(frames)
         and not is_transformed(frames, *encoder.parameters())
-        and not has_forward_hooks(encoder)
     )
 
 
@@ -123,11 +131,8 @@ class OneDNNEncoder:
         for module, activated in zip(self._layers, relu, strict=True):
             if isinstance(module, nn.Conv2d):
                 x = _convolved(x, module, self._weights[module], activated)
-            elif not isinstance(module, nn.ReLU):
-                narrow, widen = module.narrow, module.widen
-                assert isinstance(narrow, nn.Conv2d)
-                assert isinstance(widen, nn.Conv2d)
-                x = _with_residual(x, narrow, widen, self._weights, activated)
+            elif isinstance(module, ResidualBlock):
+                x = _with_residual(x, module.narrow, module.widen, self._weights, activated)
         return x
 
 

@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpfast.models._frames import check_count, check_device, check_float, check_frames, check_values, require
 from vpfast.models._hub import Pretrained
 from vpfast.models.shrvqvae import fused
+from vpfast.models.shrvqvae.codec import make_decoder, make_encoder
 from vpfast.models.shrvqvae.codes import Codes, CodesError
 from vpfast.models.shrvqvae.config import Reduction, Scaling, SHRVQVAEConfig
 from vpfast.models.storage import storable
@@ -67,7 +66,7 @@ class HRVQVAE(nn.Module, Pretrained):
         super().__init__()
         self.config = config = SHRVQVAEConfig.checked(config)
         restart = config.dead_codes == "restart"
-        self.encoder = _encoder(config)
+        self.encoder = make_encoder(config)
         self.quantizer = HierarchicalResidualVQ(
             dim=config.latent_channels,
             codebook_size=config.codebook_size,
@@ -85,7 +84,7 @@ class HRVQVAE(nn.Module, Pretrained):
             threshold_ema_dead_code=config.dead_code_threshold if restart else 0,
             accept_image_fmap=True,
         )
-        self.decoder = _decoder(config)
+        self.decoder = make_decoder(config)
 
     def forward(self, frames: Tensor) -> HRVQVAEOutput:
         """Encode, quantize and decode with everything that training needs.
@@ -129,7 +128,7 @@ class HRVQVAE(nn.Module, Pretrained):
         self._check_frames(frames)
         *clips, _, height, width = frames.shape
         flat = frames.flatten(0, -4)
-        engine = fused.engine_of(self.encoder, flat)
+        engine = fused.engine_of(self.encoder, self.config, flat)
         indices = torch.cat([self._indices_of(part, engine) for part in _parts(flat, height, width)])
         return indices.reshape(*clips, *indices.shape[1:])
 
@@ -157,8 +156,7 @@ class HRVQVAE(nn.Module, Pretrained):
 
     @property
     def _weight(self) -> Tensor:
-        weight: Tensor = self.encoder[0].weight  # type: ignore[assignment]
-        return weight
+        return next(self.encoder.parameters())
 
     def _to_network(self, frames: Tensor) -> Tensor:
         return (frames - 0.5) * _GAIN[self.config.scaling]
@@ -278,38 +276,3 @@ def _parts(of_frames: Tensor, height: int, width: int) -> Sequence[Tensor]:
     pixels = min(_PIXELS_AT_ONCE, _PIXELS_IN_CACHE) if of_frames.device.type == "cpu" else _PIXELS_AT_ONCE
     parts: Sequence[Tensor] = of_frames.split(max(pixels // (height * width), 1))
     return parts
-
-
-class _ResidualBlock(nn.Module):
-    """x + what a 3x3 convolution to a narrow map and a 1x1 convolution back make of it."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.narrow = nn.Conv2d(channels, inner, 3, padding=1)
-        self.widen = nn.Conv2d(inner, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.widen(F.relu(self.narrow(F.relu(x))))
-        return x + added
-
-
-def _encoder(config: SHRVQVAEConfig) -> nn.Sequential:
-    """(N, C, H, W) -> (N, D, H / m, W / m), not activated."""
-    layers: list[nn.Module] = []
-    for narrow, wide in pairwise((config.in_channels, *config.channels)):
-        layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
-    top = config.channels[-1]
-    last = nn.Conv2d(top, config.latent_channels, 1)
-    return nn.Sequential(*layers, nn.Conv2d(top, top, 3, padding=1), *_residual_blocks(config), nn.ReLU(), last)
-
-
-def _decoder(config: SHRVQVAEConfig) -> nn.Sequential:
-    """(N, D, h, w) -> (N, C, m h, m w), not activated."""
-    layers: list[nn.Module] = []
-    for wide, narrow in pairwise((*reversed(config.channels), config.in_channels)):
-        layers += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]
-    return nn.Sequential(nn.Conv2d(config.latent_channels, config.channels[-1], 1), *_residual_blocks(config), *layers)
-
-
-def _residual_blocks(config: SHRVQVAEConfig) -> Sequence[nn.Module]:
-    return [_ResidualBlock(config.channels[-1], config.residual_channels) for _ in range(config.residual_blocks)]

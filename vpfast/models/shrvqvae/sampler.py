@@ -15,14 +15,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vpfast.models._config import is_count, is_weight
 from vpfast.models._frames import check_count, require, values_can_be_read
 from vpfast.models.shrvqvae import captured, compiled
 from vpfast.models.shrvqvae.cache import NetworkCache, Places, Window
 from vpfast.models.shrvqvae.random import Choice, clip_keys
-from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
-from vpfast.nn._common import check_choice
-from vpfast.ops._backend import BackendError, autocast_is_on, current_backend
+from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN, as_made
+from vpfast.nn._as_made import check_as_made, renew_weights
+from vpfast.nn._common import as_integer, as_number, check_choice
+from vpfast.ops._backend import BackendError, autocast_is_on, current_backend, is_transformed
 from vpfast.ops._sample_codes import NOT_FINITE
 
 Order = Literal["pipelined", "plain"]
@@ -57,19 +57,25 @@ def sample(
         progress: show a bar; needs tqdm.
         order: ``"plain"`` chooses codes one by one all the same, which gives the same codes.
 
-    Memory grows with the length of the clip: the inputs of every convolution, keys and values.
+    Memory grows with the length of the clip: the inputs of every convolution, keys and values. Layers are evaluated by
+    their weights, and hooks on them do not run; those of torch's that make weights do.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; the message holds it. ValueError where logits are not finite.
+            TypeError where a layer of the prior was replaced.
         ImportError: a bar without tqdm.
     """
-    horizon = _check(prior, codes, horizon, temperature, top_k, num_futures)
+    if not torch.compiler.is_compiling():
+        check_as_made("sample", prior, as_made(prior.config))
+        renew_weights(prior)
+    _check(prior, codes)
     check_choice("sample", "order", order, get_args(Order))
     if torch.compiler.is_compiling():
         _check_compilable(prior, codes)
+    horizon = check_count("horizon", horizon)
+    num_futures, futures = _futures(num_futures)
     batch, context, height, width, layers = codes.shape
-    futures = num_futures or 1
-    choice = Choice(float(temperature), top_k, clip_keys(seed, batch, futures).to(codes.device))
+    choice = _choice(prior, temperature, top_k, clip_keys(seed, batch, futures).to(codes.device))
     if batch * horizon == 0:
         return _split(codes.new_empty(batch * futures, horizon, height, width, layers), num_futures)
     with _quietly(codes), _bar(progress, horizon * height * width * layers) as update:
@@ -278,10 +284,11 @@ def sample_naively(
     progress: bool = False,
 ) -> Tensor:
     """What :func:`sample` is to give, by a forward pass over the whole clip for every code."""
-    horizon = _check(prior, codes, horizon, temperature, top_k, num_futures)
+    _check(prior, codes)
+    horizon = check_count("horizon", horizon)
+    num_futures, futures = _futures(num_futures)
     batch, context, height, width, layers = codes.shape
-    futures = num_futures or 1
-    choice = Choice(float(temperature), top_k, clip_keys(seed, batch, futures).to(codes.device))
+    choice = _choice(prior, temperature, top_k, clip_keys(seed, batch, futures).to(codes.device))
     clip = torch.cat((codes, codes.new_zeros(batch, horizon, height, width, layers)), 1).repeat_interleave(futures, 0)
     cells, by_layer = range(height * width), prior.config.code_order == "layers"
     order = itertools.product(range(layers), cells) if by_layer else ((i, j) for j in cells for i in range(layers))
@@ -297,10 +304,8 @@ def sample_naively(
     return _split(clip[:, context:], num_futures)
 
 
-def _check(
-    prior: STPixelCNN, codes: Tensor, horizon: int, temperature: float, top_k: int | None, num_futures: int | None
-) -> int:
-    """``horizon`` as an int; raise unless everything fits."""
+def _check(prior: STPixelCNN, codes: Tensor) -> None:
+    """Raise unless the codes are of this prior."""
     layers, size = prior.config.layers, prior.config.codebook_size
     if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
         raise TypeError(f"codes must be an int64 tensor, got {getattr(codes, 'dtype', type(codes).__name__)}")
@@ -312,13 +317,30 @@ def _check(
         low, high = torch.stack(torch.aminmax(codes)).tolist()
         if low < 0 or high >= size:
             raise ValueError(f"codes must lie in 0..{size - 1}, as a codebook has {size} codewords, got {low}..{high}")
-    if not is_weight(temperature):
+
+
+def _choice(prior: STPixelCNN, temperature: float, top_k: int | None, keys: Tensor) -> Choice:
+    """Raise ValueError for a temperature or ``top_k`` that cannot be."""
+    size = prior.config.codebook_size
+    number = as_number(temperature)
+    if number is None or not 0 <= number < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
-    if top_k is not None and not (is_count(top_k) and top_k <= size):
+    if top_k is None:
+        return Choice(number, None, keys)
+    whole = as_integer(top_k)
+    if whole is None or not 1 <= whole <= size:
         raise ValueError(f"top_k must be 1 to {size}, the codewords in a codebook, or None for all, got {top_k!r}")
-    if num_futures is not None and not is_count(num_futures):
+    return Choice(number, whole, keys)
+
+
+def _futures(num_futures: int | None) -> tuple[int | None, int]:
+    """``num_futures`` as it was given, and how many that is; ValueError unless it is None or a positive integer."""
+    if num_futures is None:
+        return None, 1
+    whole = as_integer(num_futures)
+    if whole is None or whole < 1:
         raise ValueError(f"num_futures must be a positive integer, or None for one future, got {num_futures!r}")
-    return check_count("horizon", horizon)
+    return whole, whole
 
 
 def _check_compilable(prior: STPixelCNN, codes: Tensor) -> None:
@@ -337,7 +359,9 @@ def _check_compilable(prior: STPixelCNN, codes: Tensor) -> None:
 @contextmanager
 def _quietly(codes: Tensor) -> Iterator[None]:
     """Without gradients, and in the type of the weights."""
-    without_gradients = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
+    # A torch.func transform refuses tensors that were made in inference mode.
+    can_be_inference = not torch.compiler.is_compiling() and not is_transformed(codes)
+    without_gradients = torch.inference_mode if can_be_inference else torch.no_grad
     without_casts = torch.autocast(codes.device.type, enabled=False) if autocast_is_on(codes) else nullcontext()
     with without_gradients(), without_casts:
         yield

@@ -202,7 +202,7 @@ class SHRVQVAE(nn.Module, Pretrained):
         if frame is not None:
             codes = self._encode(frame.unsqueeze(1))
             kept = kept[:, max(0, kept.shape[1] + 1 - state.context) :]
-        return prediction, state._replace(codes=torch.cat((kept, codes), dim=1), ahead=None)
+        return prediction.clone(), state._replace(codes=torch.cat((kept, codes), dim=1), ahead=None)
 
     @torch.no_grad()
     def peek(self, state: SHRVQVAEState) -> tuple[Tensor, SHRVQVAEState]:
@@ -212,7 +212,7 @@ class SHRVQVAE(nn.Module, Pretrained):
         not compute it again.
         """
         ahead = state.ahead or self._look_ahead(state)
-        return ahead[0], state._replace(ahead=ahead)
+        return ahead[0].clone(), state._replace(ahead=ahead)  # the caller's, to change as they like
 
     @torch.no_grad()
     def rollout(self, state: SHRVQVAEState, count: int) -> Tensor:

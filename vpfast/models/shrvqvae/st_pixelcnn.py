@@ -1,5 +1,7 @@
 """The spatiotemporal PixelCNN that predicts codes from the codes before them (paper, section 4.2)."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -206,6 +208,13 @@ class STPixelCNN(nn.Module):
                 raise ValueError(
                     f"codes must lie in 0..{size - 1}, as the codebooks have {size} codewords, got {low}..{high}"
                 )
+
+
+@lru_cache(maxsize=4)
+def as_made(config: SHRVQVAEConfig) -> STPixelCNN:
+    """The layers of such a network, without weights."""
+    with torch.device("meta"):
+        return STPixelCNN(config)
 
 
 class GatedBlock(nn.Module):

@@ -30,6 +30,7 @@ from vpfast.models._tiles import (
     room,
     whole,
 )
+from vpfast.models.shrvqvae.codec import ResidualBlock
 
 _PIECES = 3
 _KERNEL = 4  # of the strided convolutions
@@ -55,7 +56,7 @@ class TiledEncoder:
         self._first = weights.sum([first.weight.flatten(1)[:, :, None, None]], first.bias)
         self._strided = [weights.sum(_positions(module.weight), module.bias) for module in others]
         self._widest = weights.sum([widest.weight], widest.bias)
-        blocks = [module for module in encoder if hasattr(module, "widen")]
+        blocks = [module for module in encoder if isinstance(module, ResidualBlock)]
         self._blocks = [_block(weights, block) for block in blocks]
         self._last = weights.sum([last.weight], last.bias)
         self._weights = weights.finish()
@@ -72,7 +73,7 @@ class TiledEncoder:
             state, threads = arena[:0], torch.get_num_threads()
             torch.ops.vpfast.tile_program(code, arena, state, self._weights, frames.contiguous(), _PIECES, threads)
             rows = arena[at:].view(torch.float32)[: size.pixels * whole(self._last.outputs, CHUNK)]
-            latent = rows.view(*size, -1)[..., : self._last.outputs].contiguous()
+            latent = rows.view(*size, -1)[..., : self._last.outputs].clone()  # the arena is used again
         return latent.movedim(-1, 1)
 
     def _program(self, size: Size, gain: float) -> _Program:
@@ -134,11 +135,9 @@ def _positions(weight: Tensor) -> list[Tensor]:
     return [weight[:, :, row, column, None, None] for row in range(_KERNEL) for column in range(_KERNEL)]
 
 
-def _block(weights: Weights, block: nn.Module) -> tuple[Sum, Sum]:
+def _block(weights: Weights, block: ResidualBlock) -> tuple[Sum, Sum]:
     """A residual block: what is added is a sum with the block's input, by an identity kernel."""
     narrow, widen = block.narrow, block.widen
-    assert isinstance(narrow, nn.Conv2d)
-    assert isinstance(widen, nn.Conv2d)
     same = torch.eye(widen.out_channels)[:, :, None, None]
     return weights.sum([narrow.weight], narrow.bias), weights.sum([widen.weight, same], widen.bias)
 
