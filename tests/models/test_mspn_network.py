@@ -1,5 +1,6 @@
 """MSPN itself: Algorithm 1 written out, streaming, feedback, layouts and types, compiling."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_predict_and_step_trace_in_one_graph(changes: dict[str, Any]) -> None:
         prediction, state = step(frame, state)
         expected, expected_state = model.step(frame, expected_state)
         torch.testing.assert_close(prediction, expected)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_steps_that_are_computed_again_compile(batch_norm: bool) -> None:
+    torch.manual_seed(0)
+    config = MSPNConfig(in_channels=1, channels=(4, 6), levels=1, hidden_channels=4, batch_norm=batch_norm)
+    model, frames = MSPN(config).double(), torch.rand(2, 3, 1, 8, 8, dtype=torch.float64)
+    compiled = copy.deepcopy(model)
+    model(frames, 1).predictions[0].square().sum().backward()
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    step(frames, 1, recompute=True).predictions[0].square().sum().backward()
+    for (name, found), wanted in zip(compiled.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for found, wanted in zip(compiled.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_exports() -> None:

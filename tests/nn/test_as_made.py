@@ -127,6 +127,9 @@ def test_a_layer_that_gives_its_input_back_does_not_have_it_changed() -> None:
         with torch.no_grad():
             block(x)
         assert torch.equal(x, before)
+    block.body = nn.Identity()
+    torch.testing.assert_close(block(x), nn.functional.leaky_relu(x + block.skip(x), 0.01))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("network", networks()[:3])

@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
 
     def _has_own_body(self) -> bool:
         """Is the body what it was made as, and does nobody look at its parts, so that none but they hold its maps?"""
-        if torch.compiler.is_compiling() or is_intercepted(self.body):
+        if torch.compiler.is_compiling() or type(self.body) is not nn.Sequential or is_intercepted(self.body):
             return False
         kinds = [type(layer) for layer in self.body]
         half = len(kinds) // 2

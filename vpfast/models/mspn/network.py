@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +223,7 @@ class MSPN(nn.Module, Pretrained):
         self, frame: Tensor | None, state: MSPNState, feedback: Feedback, transforms: Transforms
     ) -> tuple[tuple[Tensor, ...], MSPNState]:
         """:meth:`_step`, whose activations are not kept but computed again in the backward pass."""
+        contexts: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _as_before(self, transforms))}
         made: tuple[tuple[Tensor, ...], MSPNState] = checkpoint(
             self._step,
             frame,
@@ -230,7 +231,7 @@ class MSPN(nn.Module, Pretrained):
             feedback,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in a step is drawn
-            context_fn=lambda: (nullcontext(), _as_before(self, transforms)),
+            **({} if torch.compiler.is_compiling() else contexts),  # the compiler knows none, and counts a batch once
         )
         return made
 
