@@ -1,10 +1,12 @@
-"""Which backend serves a GPU, by what the GPU is and what was compiled, with GPUs that are not there."""
+"""How a backend is chosen; which one serves a GPU, by what it is and what was compiled, with GPUs not there."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vpfast
 from vpfast.ops import _backend, _gpu, _native
@@ -176,3 +178,103 @@ def test_the_gpu_is_asked_once(machine, monkeypatch):
     for _ in range(3):
         assert some_op.select(torch.device("cuda", 0)) == "native"
     assert asked == [0]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+names = st.sampled_from(_backend.NAMES)
+
+
+@pytest.fixture(autouse=True)
+def the_choice_stays(monkeypatch):
+    monkeypatch.setattr(_backend, "_chosen", "auto")
+    yield
+    assert not _backend._open_blocks
+
+
+programs = st.recursive(
+    st.just(()),
+    lambda inner: st.lists(st.tuples(st.sampled_from(["choose", "block", "block again", "call"]), names, inner)),
+    max_leaves=20,
+)
+
+
+@given(programs)
+def test_a_block_restores_what_was_chosen_before_it(program):
+    kept = {name: vpfast.backend(name) for name in _backend.NAMES}
+
+    def run(program, chosen):
+        vpfast.backend(chosen)
+        for kind, name, body in program:
+            if kind == "choose":
+                vpfast.backend(name)
+                chosen = name
+            elif kind == "call":
+                vpfast.backend(name)(run)(body, name)
+            else:
+                with vpfast.backend(name) if kind == "block" else kept[name]:
+                    assert vpfast.current_backend() == name
+                    run(body, name)
+            assert vpfast.current_backend() == chosen
+
+    run(program, "auto")
+
+
+@given(st.lists(names, min_size=1, max_size=5).flatmap(lambda opened: st.tuples(*[st.permutations(opened)] * 2)))
+def test_blocks_may_end_in_any_order(orders):
+    vpfast.backend("auto")
+    opened = {name: vpfast.backend(name) for name in _backend.NAMES}
+    vpfast.backend("auto")
+    for name in orders[0]:
+        opened[name].__enter__()
+    for name in orders[1]:
+        opened[name].__exit__(None, None, None)
+    assert vpfast.current_backend() == "auto"
+
+
+def test_a_statement_is_undone_by_its_own_block_alone():
+    chosen = vpfast.backend("reference")
+    assert vpfast.current_backend() == "reference"
+    with chosen:
+        assert vpfast.current_backend() == "reference"
+    assert vpfast.current_backend() == "auto"
+    vpfast.backend("native")
+    with chosen, chosen:
+        assert vpfast.current_backend() == "reference"
+    assert vpfast.current_backend() == "native"
+
+
+def test_a_function_can_be_decorated():
+    @vpfast.backend("reference")
+    def asked(more=()):
+        """What is chosen in it."""
+        return [vpfast.current_backend(), *(each() for each in more)]
+
+    assert vpfast.current_backend() == "auto"
+    assert asked([asked, vpfast.current_backend]) == ["reference", ["reference"], "reference"]
+    assert vpfast.current_backend() == "auto"
+    assert (asked.__name__, asked.__doc__) == ("asked", "What is chosen in it.")
+    with pytest.raises(TypeError, match="not iterable"):
+        asked(1)
+    assert vpfast.current_backend() == "auto"
+    torch.compiler.reset()
+
+    def step(x):
+        return x + (asked() == ["reference"])
+
+    assert torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(1)).item() == 1
+
+
+def generator():
+    yield
+
+
+async def coroutine():
+    pass
+
+
+@pytest.mark.parametrize("function", [generator, coroutine, int, "name"])
+def test_what_cannot_be_decorated_changes_nothing(function):
+    with pytest.raises(TypeError, match="decorates ordinary functions, got"):
+        vpfast.backend("reference")(function)
+    assert vpfast.current_backend() == "auto"

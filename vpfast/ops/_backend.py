@@ -1,10 +1,12 @@
 """Which implementation serves an operator: the choice, and the reasons when there is none."""
 
+import functools
 import importlib.util
+import inspect
 import os
 import types
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch.autograd import forward_ad
@@ -14,6 +16,8 @@ from vpfast.ops._tracing import constant_in_traces
 
 Name = Literal["auto", "native", "triton", "reference"]
 NAMES: tuple[str, ...] = get_args(Name)
+P = ParamSpec("P")
+R = TypeVar("R")
 Device = torch.device | str
 
 # Looked for, not imported: that takes a second, and a machine without a GPU may have none.
@@ -30,6 +34,10 @@ def _checked(name: str, where: str) -> str:
 
 # Checked when it is first used, so that a wrong word does not keep the package from being imported.
 _chosen: str = os.environ.get("VPFAST_BACKEND", "auto")
+_newest: "backend | None" = None
+"""Whose making was the last choice, and was not the start of a block or a decorator so far."""
+_open_blocks: list[tuple["backend", str]] = []
+"""From the outermost: who opened it, and the choice to restore."""
 
 
 class BackendError(RuntimeError):
@@ -37,30 +45,35 @@ class BackendError(RuntimeError):
 
 
 class backend:
-    """Choose which implementation of the operators is used, from now on or within a block.
+    """Choose which implementation of the operators is used: from now on, within a block, or within a function.
 
     ``vpfast.backend("reference")`` as a statement sets the choice for the whole process; ``with
-    vpfast.backend("reference"):`` restores the previous one at the end of the block.
+    vpfast.backend("reference"):`` restores the previous one at the end of the block. ``@vpfast.backend("reference")``
+    makes every call of a function such a block; generators and coroutines are refused.
 
     ``"auto"`` (the default) takes the compiled kernel if there is one. Otherwise it takes the plain PyTorch reference
     on the CPU, and on a GPU Triton, or raises an error; it never takes a slow path silently. ``"native"``, ``"triton"``
     and ``"reference"`` take that implementation or raise an error. The choice is read when an operator is called, or
-    traced by ``torch.compile`` and ``torch.export``. It holds for the whole process, not for a thread. A process starts
-    with the choice in the environment variable ``VPFAST_BACKEND``.
+    traced by ``torch.compile`` and ``torch.export``. It holds for the whole process, not for a thread: blocks in two
+    threads at once change each other's choice. A process starts with the choice in the environment variable
+    ``VPFAST_BACKEND``.
 
     Raises:
         ValueError: the name is none of these four.
+        TypeError: it decorates something else than an ordinary function.
     """
 
     def __init__(self, name: Name) -> None:
-        global _chosen
-        self._name = name
-        self._previous, _chosen = _chosen, _checked(name, "backend")
+        global _chosen, _newest
+        _checked(name, "backend")
+        self._name: Name = name
+        self._replaced = _chosen
+        _chosen, _newest = name, self
 
     def __enter__(self) -> "backend":
         global _chosen
-        if _chosen != self._name:  # kept for later, or entered a second time
-            self._previous, _chosen = _chosen, self._name
+        _open_blocks.append((self, self._before()))
+        _chosen = self._name
         return self
 
     def __exit__(
@@ -70,7 +83,37 @@ class backend:
         trace: types.TracebackType | None,
     ) -> None:
         global _chosen
-        _chosen = self._previous
+        place = max(i for i, (opener, _) in enumerate(_open_blocks) if opener is self)
+        _, before = _open_blocks.pop(place)
+        if place == len(_open_blocks):
+            _chosen = before
+        else:  # a block that was opened within this one is still open, and has to restore what this one would have
+            _open_blocks[place] = (_open_blocks[place][0], before)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        global _chosen
+        _chosen = self._before()
+        later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        ordinary = inspect.isroutine(function) and not any(runs_later(function) for runs_later in later)
+        if not ordinary:
+            raise TypeError(
+                f"vpfast.backend decorates ordinary functions, got {function!r}; open a block, with "
+                f"vpfast.backend({self._name!r}):, in it"
+            )
+
+        @functools.wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            with backend(self._name):  # the compiler takes one that it sees made
+                return function(*args, **kwargs)
+
+        return within
+
+    def _before(self) -> str:
+        """What a block that opens now restores: the choice before this object was made, if that was the last choice."""
+        global _newest
+        before = self._replaced if _newest is self else _chosen
+        _newest = None
+        return before
 
 
 def current_backend() -> str:
