@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vpfast
 from vpfast import Stream
-from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
+from vpfast.models import HRVQVAE, MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,13 @@ def test_refused(model: MSPN) -> None:
         stream.rollout(True)
     with pytest.raises(TypeError, match="got list"):
         stream.push([1])
+
+
+def test_what_cannot_be_streamed_is_refused_at_once() -> None:
+    autoencoder = HRVQVAE(SHRVQVAEConfig.preset("kth-3x8"))
+    for model, named in ((autoencoder, "HRVQVAE"), (MSPN, "the class MSPN"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"takes an MSPN or SHRVQVAE, .* init_state, step and peek; got {named}$"):
+            Stream(model)
 
 
 @pytest.mark.parametrize(

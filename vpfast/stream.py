@@ -52,11 +52,17 @@ class Stream(Generic[S]):
             A model may predict badly from more frames than it was trained with. None for an MSPN.
 
     Raises:
-        TypeError: a context that is no integer.
+        TypeError: a model without these, or a context that is no integer.
         ValueError: a context below 1, or one given with an MSPN.
     """
 
     def __init__(self, model: FramePredictor[S], context: int | None = None) -> None:
+        if isinstance(model, type) or not all(hasattr(model, name) for name in ("init_state", "step", "peek")):
+            found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise TypeError(
+                "Stream takes an MSPN or SHRVQVAE, what vpfast.optimize makes of one, or another model with "
+                f"init_state, step and peek; got {found}"
+            )
         self.model = model
         self._options = {} if context is None else {"context": _checked(model, context)}
         self.reset()
