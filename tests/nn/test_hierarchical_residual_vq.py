@@ -392,6 +392,44 @@ def test_codebooks_stay_float32_beside_half_precision(dtype: torch.dtype) -> Non
     assert vq.codewords.isfinite().all()
 
 
+@given(st.lists(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), min_size=1, max_size=4))
+@settings(max_examples=20)
+def test_codebooks_have_the_type_of_the_module_but_float32_in_half_precision(types: list[torch.dtype]) -> None:
+    for options in ({}, {"learnable_codebook": True}):
+        vq = quantizer(4, 3, 2, **options)
+        for dtype in types:
+            vq.to(dtype)
+        expected = torch.float64 if types[-1] == torch.float64 else torch.float32
+        assert {t.dtype for t in vq.state_dict().values()} == {expected, torch.bool}
+        assert vq(vectors(20, 4, dtype=types[-1]))[0].dtype == types[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("learnable_codebook", [True, False])
+def test_codebooks_of_a_default_type_and_of_loaded_values(dtype: torch.dtype, learnable_codebook: bool) -> None:
+    options = {"learnable_codebook": learnable_codebook}
+    wide = torch.promote_types(dtype, torch.float32)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = HierarchicalResidualVQ(4, 3, 2, **options)
+    finally:
+        torch.set_default_dtype(previous)
+    values = {name: value.to(dtype) if name != "started" else value for name, value in made.state_dict().items()}
+    given = dict(values)
+    with torch.device("meta"):
+        assigned = nn.Sequential(HierarchicalResidualVQ(4, 3, 2, **options))
+    assigned.load_state_dict({f"0.{name}": value for name, value in values.items()}, assign=True)
+    for vq in (made, assigned[0]):
+        assert {t.dtype for t in vq.state_dict().values()} == {wide, torch.bool}
+        assert vq(vectors(20, 4, dtype=dtype))[0].dtype == dtype
+    assert values == given
+    exact = quantizer(4, 3, 2, **options).state_dict()
+    assigned[0].load_state_dict(exact, assign=True)
+    for name, value in assigned[0].state_dict().items():
+        assert value.data_ptr() == exact[name].data_ptr()
+
+
 def test_autocast_changes_nothing() -> None:
     vq = quantizer(4, 3, 2, learnable_codebook=True)
     z = vectors(200, 4)

@@ -148,16 +148,16 @@ class HierarchicalResidualVQ(nn.Module):
         self.loss_reduction = loss_reduction
         self.attached_residual = attached_residual
 
-        rows = sum(self.layout.sizes)
+        rows, dtype = sum(self.layout.sizes), _wide_enough(torch.get_default_dtype())
         self.codewords: Tensor
         if learnable_codebook:
-            self.codewords = nn.Parameter(torch.empty(rows, dim))
+            self.codewords = nn.Parameter(torch.empty(rows, dim, dtype=dtype))
         else:
-            self.register_buffer("codewords", torch.empty(rows, dim))
+            self.register_buffer("codewords", torch.empty(rows, dim, dtype=dtype))
         self.cluster_size: Tensor
-        self.register_buffer("cluster_size", torch.empty(rows))
+        self.register_buffer("cluster_size", torch.empty(rows, dtype=dtype))
         self.embed_avg: Tensor | None
-        self.register_buffer("embed_avg", torch.empty(rows, dim) if self.ema_update else None)
+        self.register_buffer("embed_avg", torch.empty(rows, dim, dtype=dtype) if self.ema_update else None)
         self.started: Tensor
         self.register_buffer("started", torch.empty((), dtype=torch.bool))
         self.reset_parameters()
@@ -456,15 +456,26 @@ class HierarchicalResidualVQ(nn.Module):
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            halved = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if halved else moved
+            wide = _wide_enough(moved.dtype)
+            return moved if moved.dtype == wide else tensor.to(moved.device, wide)
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Values of half precision become float32 where they are assigned, not copied, too."""
+        halved = {
+            name: value.detach().to(wide)
+            for name, value in state_dict.items()
+            if isinstance(value, Tensor) and value.dtype != (wide := _wide_enough(value.dtype))
+        }
+        super()._load_from_state_dict({**state_dict, **halved}, prefix, *args)  # type: ignore[no-untyped-call]
         self._may_start = self.kmeans_init
+
+
+def _wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """The type of codebooks and averages in a module of type ``dtype``: float32 for half precision."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def _spread_out(kept: Tensor, mask: Tensor, value: int) -> Tensor:
