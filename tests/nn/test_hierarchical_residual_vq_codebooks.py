@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantizers import quantizer, vectors
 from torch import Tensor
 
-from vpfast.nn import HierarchicalResidualVQ
+from vpfast.nn import HierarchicalResidualVQ, hierarchical_residual_vq
 from vpfast.nn._codebooks import _assign
 
 
@@ -225,3 +225,74 @@ def test_neither_averaged_nor_learnable_is_fixed() -> None:
     vq(vectors(30, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in vq.state_dict().items())
     assert not list(vq.parameters())
+
+
+CALLS = {
+    "moving": lambda vq, z: vq.train()(z),
+    "frozen": lambda vq, z: vq.train()(z, freeze_codebook=True),
+    "evaluation": lambda vq, z: vq.eval()(z),
+}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(CALLS)), min_size=2, max_size=4),
+    st.sampled_from([(True, 0), (True, 9), (False, 0), (False, 9)]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_calls_in_any_order_before_backward_have_their_own_gradients(
+    calls: list[str], updates: tuple[bool, float], kmeans_init: bool, strict_tree: bool
+) -> None:
+    """Those that each call has with backward right behind it."""
+    ema_update, threshold = updates
+    vq = quantizer(
+        4,
+        3,
+        2,
+        strict_tree=strict_tree,
+        ema_update=ema_update,
+        learnable_codebook=not ema_update,
+        threshold_ema_dead_code=threshold,
+        kmeans_init=kmeans_init,
+    )
+    twin = copy.deepcopy(vq)
+    total, found, expected = 0.0, [], []
+    weight = vectors(30, 4, seed=9)
+    for seed, call in enumerate(calls):
+        for one in (vq, twin):
+            torch.manual_seed(seed)
+            z = vectors(30, 4, seed=seed).requires_grad_()
+            quantized, _, losses = CALLS[call](one, z)
+            loss = (quantized * weight).sum() + losses.sum()
+            if one is vq:
+                total = total + loss
+                found.append(z)
+            else:
+                loss.backward()
+                expected.append(z)
+    total.backward()
+    for z, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(z.grad, other.grad)
+    torch.testing.assert_close(vq.codewords.grad, twin.codewords.grad)
+    assert torch.equal(vq.codewords, twin.codewords)
+
+
+def test_the_table_is_copied_only_where_it_moves_before_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr(hierarchical_residual_vq, "snapshot", lambda table: copies.append(0) or table.clone())
+
+    def copied(options: dict[str, Any], call: str, requires_grad: bool) -> int:
+        copies.clear()
+        vq = quantizer(4, 3, 2, **options)
+        CALLS[call](vq, vectors(30, 4).requires_grad_(requires_grad))
+        return len(copies)
+
+    for options in ({"ema_update": False}, {"learnable_codebook": True}):
+        assert not any(copied(options, call, True) for call in CALLS)
+    assert [copied({}, call, True) for call in ("moving", "frozen", "evaluation")] == [1, 1, 1]
+    assert [copied({}, call, False) for call in ("moving", "frozen", "evaluation")] == [1, 0, 0]
+    with torch.no_grad():
+        assert [copied({}, call, True) for call in ("frozen", "evaluation")] == [0, 0]
+    assert copied({"learnable_codebook": True, "threshold_ema_dead_code": 2}, "evaluation", False) == 1
+    assert copied({"learnable_codebook": True, "kmeans_init": True}, "evaluation", False) == 1

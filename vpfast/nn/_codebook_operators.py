@@ -92,8 +92,8 @@ def start_codebooks(
 
 @torch.library.custom_op("vpfast::snapshot", mutates_args=())
 def snapshot(table: Tensor) -> Tensor:
-    """A copy that no compiler takes back: torch.compile drops a clone whose original is written to later, and backward
-    would read what was written."""
+    """A copy of codewords that backward reads once they have moved. No compiler takes it back: torch.compile drops a
+    clone whose original is written to later, and backward would read what was written."""
     return table.clone()
 
 

@@ -12,6 +12,7 @@ from vpfast.nn._codebook_operators import share_statistics, snapshot, start_code
 from vpfast.nn._codebooks import Layout, average_, restart_
 from vpfast.nn._common import check_choice, check_counts
 from vpfast.ops import CodewordSearchTraining, codeword_search, codeword_search_train
+from vpfast.ops._backend import is_differentiated
 
 Reduction = Literal["mean", "sum"]
 
@@ -224,7 +225,8 @@ class HierarchicalResidualVQ(nn.Module):
         if self.training:
             quantized, indices, losses, breakdown = self._train_step(kept, freeze_codebook)
         else:
-            quantized, indices = codeword_search(kept, self.codebooks, self.strict_tree)
+            table = self._kept_for_backward(self.codewords, kept)
+            quantized, indices = codeword_search(kept, table.split(self.layout.sizes), self.strict_tree)
             losses = self.codewords.new_zeros(self.num_quantizers)
             breakdown = LossBreakdown(losses.clone(), losses.clone(), losses.new_zeros(()), losses.new_zeros(()))
         if mask is not None:
@@ -293,13 +295,21 @@ class HierarchicalResidualVQ(nn.Module):
             self._start(z)
         if freeze:
             table = table.detach()
-        elif moves:
-            table = snapshot(table)  # backward reads the codewords that were searched, and the table moves before it
+        table = snapshot(table) if moves else self._kept_for_backward(table, z)
         found = codeword_search_train(z, table.split(self.layout.sizes), self.strict_tree, self.attached_residual)
         if moves:
             self._move(z.detach(), found, table.detach())
         losses, breakdown = self._losses(found, z.numel(), self.learnable_codebook and not freeze)
         return found.quantized, found.indices, losses, breakdown
+
+    def _kept_for_backward(self, table: Tensor, z: Tensor) -> Tensor:
+        """The codewords that a search in ``table`` for ``z`` is to read: a copy if another step may move the table
+        before backward reads them again. In an exported program nothing moves, and torch.func has its gradients when it
+        returns."""
+        moves_later = self.ema_update or self.threshold_ema_dead_code > 0 or self._may_start
+        if not moves_later or not torch.is_grad_enabled() or not (z.requires_grad or table.requires_grad):
+            return table
+        return table if torch.compiler.is_exporting() or is_differentiated(z, table) else snapshot(table)
 
     @torch.no_grad()
     def _start(self, z: Tensor) -> None:
