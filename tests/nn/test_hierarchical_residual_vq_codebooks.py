@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantizers import quantizer, vectors
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vpfast.nn import HierarchicalResidualVQ, hierarchical_residual_vq
 from vpfast.nn._codebooks import _assign
@@ -280,7 +281,7 @@ def test_calls_in_any_order_before_backward_have_their_own_gradients(
 
 def test_the_table_is_copied_only_where_it_moves_before_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    monkeypatch.setattr(hierarchical_residual_vq, "snapshot", lambda table: copies.append(0) or table.clone())
+    monkeypatch.setattr(hierarchical_residual_vq, "snapshot", lambda table, moves: copies.append(0) or table.clone())
 
     def copied(options: dict[str, Any], call: str, requires_grad: bool) -> int:
         copies.clear()
@@ -296,3 +297,50 @@ def test_the_table_is_copied_only_where_it_moves_before_backward(monkeypatch: py
         assert [copied({}, call, True) for call in ("frozen", "evaluation")] == [0, 0]
     assert copied({"learnable_codebook": True, "threshold_ema_dead_code": 2}, "evaluation", False) == 1
     assert copied({"learnable_codebook": True, "kmeans_init": True}, "evaluation", False) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"kmeans_init": True}, {"learnable_codebook": True, "threshold_ema_dead_code": 9}]
+)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_codebooks_that_move_refuse_to_be_checkpointed(
+    options: dict[str, Any], use_reentrant: bool, backend: str | None
+) -> None:
+    """In the second run, which is that for gradients; and so they move once."""
+    torch.compiler.reset()
+    vq = quantizer(4, 3, 2, **options)
+    run = vq if backend is None else torch.compile(vq, fullgraph=True, backend=backend)
+    z = vectors(50, 4).requires_grad_()
+    losses = checkpoint(run, z, use_reentrant=use_reentrant)[2]
+    moved = vq.codewords.clone()
+    with pytest.raises(RuntimeError, match=r"HierarchicalResidualVQ: activation checkpointing .*freeze_codebook=True"):
+        losses.sum().backward()
+    assert torch.equal(vq.codewords, moved)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, {"freeze_codebook": True}),
+        ({"ema_update": False}, {}),
+        ({"learnable_codebook": True}, {}),
+        ({"learnable_codebook": True, "kmeans_init": True}, {}),
+    ],
+)
+def test_codebooks_that_stay_can_be_checkpointed(
+    options: dict[str, Any], arguments: dict[str, Any], use_reentrant: bool
+) -> None:
+    gradients = []
+    for checkpointed in (True, False):
+        vq, z = quantizer(4, 3, 2, **options), vectors(50, 4).requires_grad_()
+
+        def run(z: Tensor, vq: HierarchicalResidualVQ = vq) -> Tensor:
+            quantized, _, losses = vq(z, **arguments)
+            return quantized.square().sum() + losses.sum()
+
+        torch.manual_seed(0)
+        (checkpoint(run, z, use_reentrant=use_reentrant) if checkpointed else run(z)).backward()
+        gradients.append((z.grad, vq.codewords.grad, vq.codewords.detach()))
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -106,7 +106,7 @@ def codebooks_with_statistics():
 
 
 def table():
-    return (codebooks_with_statistics()[1].requires_grad_(),)
+    return codebooks_with_statistics()[1].requires_grad_(), True
 
 
 def statistics():

@@ -91,18 +91,29 @@ def start_codebooks(
 
 
 @torch.library.custom_op("vpfast::snapshot", mutates_args=())
-def snapshot(table: Tensor) -> Tensor:
+def snapshot(table: Tensor, moves: bool) -> Tensor:
     """A copy of codewords that backward reads once they have moved. No compiler takes it back: torch.compile drops a
-    clone whose original is written to later, and backward would read what was written."""
+    clone whose original is written to later, and backward would read what was written.
+
+    Raises:
+        RuntimeError: this very step ``moves`` them, and it is within a backward pass: activation checkpointing runs it
+            again, for a gradient, and the codewords that the first run searched are gone.
+    """
+    if moves and torch._C._current_graph_task_id() != -1:  # the number of the backward pass that runs in this thread
+        raise RuntimeError(
+            "HierarchicalResidualVQ: activation checkpointing runs a training step again during backward, but its "
+            "codebooks have moved since the first run, so gradients would be wrong. Checkpoint what is before and "
+            "behind the quantizer, not the quantizer; or call it with freeze_codebook=True"
+        )
     return table.clone()
 
 
 @snapshot.register_fake
-def _(table: Tensor) -> Tensor:
+def _(table: Tensor, moves: bool) -> Tensor:
     return torch.empty_like(table)
 
 
-snapshot.register_autograd(lambda ctx, grad: grad)
+snapshot.register_autograd(lambda ctx, grad: (grad, None))
 
 
 def _ranks(synchronize: bool) -> int:

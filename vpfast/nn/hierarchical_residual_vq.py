@@ -84,6 +84,10 @@ class HierarchicalResidualVQ(nn.Module):
     for the device but the k-means of the first batch. In training mode codebooks move in the forward pass, under
     ``torch.no_grad`` too, as BatchNorm's statistics do.
 
+    Activation checkpointing (``torch.utils.checkpoint``) would search codebooks that have moved since the first run,
+    and give the gradients of other codewords: averages and restarts refuse it. Checkpoint what is before and behind the
+    quantizer, or call it with ``freeze_codebook=True``. Codebooks that do neither can be checkpointed.
+
     Raises:
         ValueError: a value that cannot be, more than 2^24 codewords, or codebooks both averaged and learnable.
     """
@@ -216,6 +220,7 @@ class HierarchicalResidualVQ(nn.Module):
         Raises:
             TypeError: no tensor, or a type that does not go with the codebooks; a mask that is not bool.
             ValueError: another shape or device.
+            RuntimeError: averages or restarts within a backward pass, where activation checkpointing calls again.
         """
         vectors, shape = self._vectors(x)
         if mask is not None:
@@ -295,7 +300,7 @@ class HierarchicalResidualVQ(nn.Module):
             self._start(z)
         if freeze:
             table = table.detach()
-        table = snapshot(table) if moves else self._kept_for_backward(table, z)
+        table = snapshot(table, moves=True) if moves else self._kept_for_backward(table, z)
         found = codeword_search_train(z, table.split(self.layout.sizes), self.strict_tree, self.attached_residual)
         if moves:
             self._move(z.detach(), found, table.detach())
@@ -309,7 +314,7 @@ class HierarchicalResidualVQ(nn.Module):
         moves_later = self.ema_update or self.threshold_ema_dead_code > 0 or self._may_start
         if not moves_later or not torch.is_grad_enabled() or not (z.requires_grad or table.requires_grad):
             return table
-        return table if torch.compiler.is_exporting() or is_differentiated(z, table) else snapshot(table)
+        return table if torch.compiler.is_exporting() or is_differentiated(z, table) else snapshot(table, moves=False)
 
     @torch.no_grad()
     def _start(self, z: Tensor) -> None:
