@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -509,7 +510,45 @@ def test_no_graph_break_while_decoding() -> None:
     torch.testing.assert_close(decode(indices), vq.get_output_from_indices(indices))
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strict_tree", [True, False])
+def test_decoding_maps_over_indices(strict_tree: bool) -> None:
+    vq = quantizer(4, 3, 3, strict_tree=strict_tree, accept_image_fmap=True)
+    indices = torch.randint(-1, 3, (5, 2, 6, 7, 3), generator=torch.Generator().manual_seed(0))
+    for decode in (
+        vq.get_output_from_indices,
+        vq.get_codes_from_indices,
+        lambda indices: vq.get_output_from_indices(indices, layers=2),
+    ):
+        torch.testing.assert_close(torch.func.vmap(decode)(indices), torch.stack([decode(each) for each in indices]))
+
+
+# --- options and refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [(0.5, 2), np.array([0.5, 2]), torch.tensor([0.5, 2]), [np.float32(0.5), torch.tensor(2)], iter((0.5, 2.0))],
+    ids=["tuple", "array", "tensor", "scalars", "iterator"],
+)
+def test_weights_in_any_sequence(weight: Any) -> None:
+    assert HierarchicalResidualVQ(4, 3, 2, commitment_weight=weight).commitment_weight == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array, torch.tensor])
+def test_options_of_other_kinds_of_number(number: Callable[[float], Any]) -> None:
+    numbers = {
+        "decay": 0.75,
+        "eps": 0.5,
+        "threshold_ema_dead_code": 2.0,
+        "commitment_weight": 0.25,
+        "combined_commitment_weight": 2.0,
+    }
+    results = []
+    for options in (numbers, {name: number(value) for name, value in numbers.items()}):
+        vq = quantizer(4, 3, 2, combined_loss=True, **options)
+        results.append((vq(vectors(50, 4)), vq.state_dict()))
+        assert {type(getattr(vq, name)) for name in numbers} == {float, tuple}
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -535,6 +574,9 @@ def test_no_graph_break_while_decoding() -> None:
             {"commitment_weight": (1.0,)},
             r"commitment_weight must be one number or 2, one a layer, got \(1.0,\)",
         ),
+        ((4, 4, 2), {"commitment_weight": np.ones((2, 1))}, "commitment_weight must be one number or 2, one a layer"),
+        ((4, 4, 2), {"commitment_weight": "ab"}, "commitment_weight must be one number or 2, one a layer, got 'ab'"),
+        ((4, 4, 2), {"commitment_weight": (1.0, -1.0)}, "commitment_weight must be a finite number .* got -1.0"),
         ((4, 4, 2), {"combined_commitment_weight": math.inf}, "combined_commitment_weight must be a finite number"),
         ((4, 4, 2), {"loss_reduction": "none"}, "loss_reduction must be one of 'mean', 'sum', got 'none'"),
         (

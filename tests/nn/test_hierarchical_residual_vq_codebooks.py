@@ -56,6 +56,18 @@ def test_the_start_waits_for_vectors_and_for_training() -> None:
     assert not torch.equal(vq.codewords, start)
 
 
+def test_a_start_is_due_again_after_a_reset() -> None:
+    torch.manual_seed(0)
+    vq, fresh = (HierarchicalResidualVQ(2, 3, 2, kmeans_init=True) for _ in range(2))
+    vq(vectors(100, 2))
+    for one in (vq, fresh):
+        torch.manual_seed(1)
+        one.reset_parameters()
+        one(vectors(100, 2) + 50)
+    torch.testing.assert_close(vq.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+    assert (vq.codebooks[0] > 40).all()
+
+
 def test_the_start_copes_with_fewer_vectors_than_codewords() -> None:
     vq = HierarchicalResidualVQ(2, 8, 2, kmeans_init=True, threshold_ema_dead_code=1, learnable_codebook=True)
     z = vectors(3, 2)

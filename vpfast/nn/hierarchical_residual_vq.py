@@ -1,7 +1,7 @@
 """Vector quantization in layers, each on what the layers before it left over (S-HR-VQVAE paper, Eq. 3-5)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -12,7 +12,7 @@ from vpfast.nn._codebook_operators import share_statistics, snapshot, start_code
 from vpfast.nn._codebooks import Layout, average_, restart_
 from vpfast.nn._common import check_choice, check_counts
 from vpfast.ops import CodewordSearchTraining, codeword_search, codeword_search_train
-from vpfast.ops._backend import is_differentiated
+from vpfast.ops._backend import is_differentiated, is_transformed
 
 Reduction = Literal["mean", "sum"]
 
@@ -58,9 +58,10 @@ class HierarchicalResidualVQ(nn.Module):
             M^i codewords.
         decay: of the moving averages of codebooks and cluster sizes.
         eps: added to cluster sizes (Laplace smoothing within a codebook).
-        commitment_weight: beta, of the commitment loss; one number, or one a layer.
+        commitment_weight: beta, of the commitment loss; one number, or one a layer, in an array or tensor too.
         kmeans_init: start from k-means of the first training batch, of 65,536 of its vectors at most, each codebook on
-            the residuals of its parent. Until then, and without it, codewords are uniform in +-1/M.
+            the residuals of its parent. Until then, and without it, codewords are uniform in +-1/M. To start again,
+            call :meth:`reset_parameters`; the buffer ``started`` records a start and is not looked at in every step.
         kmeans_iters: Lloyd iterations of that.
         threshold_ema_dead_code: a codeword that fewer vectors a batch choose, on average, and none of this batch, is
             put onto a residual that its codebook was searched for. 0 turns that off. 2,048 restart in a step at most.
@@ -101,7 +102,7 @@ class HierarchicalResidualVQ(nn.Module):
         strict_tree: bool = True,
         decay: float = 0.8,
         eps: float = 1e-5,
-        commitment_weight: float | Sequence[float] = 1.0,
+        commitment_weight: float | Iterable[float] = 1.0,
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
         threshold_ema_dead_code: float = 0,
@@ -137,19 +138,19 @@ class HierarchicalResidualVQ(nn.Module):
         self.num_quantizers = int(num_quantizers)
         self.strict_tree = strict_tree
         self.layout = Layout(self.codebook_size, self.num_quantizers, strict_tree)
-        self.decay = decay
-        self.eps = eps
+        self.decay = float(decay)
+        self.eps = float(eps)
         self.commitment_weight = _one_a_layer(commitment_weight, num_quantizers)
         self.kmeans_init = kmeans_init
         self.kmeans_iters = kmeans_iters
-        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.threshold_ema_dead_code = float(threshold_ema_dead_code)
         self.accept_image_fmap = accept_image_fmap
         self.channel_last = channel_last
         self.ema_update = not learnable_codebook if ema_update is None else ema_update
         self.learnable_codebook = learnable_codebook
         self.sync_codebook = sync_codebook
         self.combined_loss = combined_loss
-        self.combined_commitment_weight = combined_commitment_weight
+        self.combined_commitment_weight = float(combined_commitment_weight)
         self.loss_reduction = loss_reduction
         self.attached_residual = attached_residual
 
@@ -169,7 +170,8 @@ class HierarchicalResidualVQ(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Codewords uniform in +-1/M, and statistics as if one vector had chosen each."""
+        """Codewords uniform in +-1/M, and statistics as if one vector had chosen each. With ``kmeans_init`` the next
+        training batch starts them again."""
         self.codewords.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
         self.cluster_size.fill_(1)
         if self.embed_avg is not None:
@@ -252,7 +254,7 @@ class HierarchicalResidualVQ(nn.Module):
         Raises:
             TypeError: indices that are no integer tensor.
             ValueError: more layers than there are, or an index outside -1 to M - 1. Values are not looked at under
-                torch.compile and torch.export.
+                torch.compile and torch.export, and within a transform of torch.func.
         """
         self._check_indices(indices)
         return self._codes(indices)
@@ -455,7 +457,7 @@ class HierarchicalResidualVQ(nn.Module):
                 f"{_OWNER}: indices must be (*, k), k the number of layers, 1 to {self.num_quantizers}, got "
                 f"{tuple(indices.shape)}"
             )
-        if torch.compiler.is_compiling() or indices.numel() == 0:
+        if torch.compiler.is_compiling() or is_transformed(indices) or indices.numel() == 0:
             return
         lowest, highest = (int(bound) for bound in torch.aminmax(indices))
         if lowest < -1 or highest >= self.codebook_size:
@@ -498,10 +500,14 @@ def _spread_out(kept: Tensor, mask: Tensor, value: int) -> Tensor:
     return kept.new_full((len(mask), kept.shape[1]), value).masked_scatter(mask[:, None], kept)
 
 
-def _one_a_layer(weight: float | Sequence[float], layers: int) -> tuple[float, ...]:
-    weights = tuple(weight) if isinstance(weight, Sequence) else (weight,) * layers
+def _one_a_layer(weight: float | Iterable[float], layers: int) -> tuple[float, ...]:
+    given = weight.tolist() if hasattr(weight, "tolist") else weight
+    try:
+        weights = tuple(map(float, given)) if isinstance(given, Iterable) else (float(given),) * layers
+    except (TypeError, ValueError):
+        weights = ()
     if len(weights) != layers:
-        raise ValueError(f"{_OWNER}: commitment_weight must be one number or {layers}, one a layer, got {weight}")
+        raise ValueError(f"{_OWNER}: commitment_weight must be one number or {layers}, one a layer, got {weight!r}")
     for one in weights:
         _check_not_negative(commitment_weight=one)
     return weights
