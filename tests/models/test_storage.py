@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parametrize, prune
 
 import vpfast
-from vpfast.models import MSPN, MSPNConfig, load, save
+from vpfast.models import HRVQVAE, MSPN, MSPNConfig, SHRVQVAEConfig, load, save
 
 CONFIG = MSPNConfig(
     in_channels=1, channels=(2, 3, 4), levels=2, hidden_channels=2, batch_norm=True, gate_order="gofi", feed_frame=True
@@ -64,6 +66,81 @@ def test_only_models_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"can save a MSPN.*, got Linear"):
         save(torch.nn.Linear(2, 2), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def weight_norm(layer: torch.nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+def pruned(layer: torch.nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def of_another_size(layer: torch.nn.Conv2d) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "undo"),
+    [
+        (
+            weight_norm,
+            r"holds 'levels\.0\.head\.parametrizations\.weight\.original0', which its .*remove_parametrizations",
+            lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        ),
+        (
+            pruned,
+            r"holds 'levels\.0\.head\.weight_mask', which its configuration does not know; .*prune\.remove",
+            lambda layer: prune.remove(layer, "weight"),
+        ),
+        (
+            torch.nn.Module.double,
+            r"'levels\.0\.head\.weight' is of torch\.float64, .*\.to\(dtype\)",
+            torch.nn.Module.float,
+        ),
+        (of_another_size, r"'levels\.0\.head\.weight' has shape \(1, 2, 5, 1\), but its configuration calls for", None),
+    ],
+)
+def test_what_load_would_refuse_is_not_saved(
+    model: MSPN,
+    tmp_path: Path,
+    change: Callable[[torch.nn.Module], object],
+    message: str,
+    undo: Callable[[torch.nn.Module], object] | None,
+) -> None:
+    head = model.levels[0].head
+    change(head)
+    for write in (save, MSPN.save_pretrained):
+        with pytest.raises(ValueError, match=f"this MSPN:? {message}"):
+            write(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    if undo is not None:
+        undo(head)
+        save(model, tmp_path / "x")
+        loaded = load(tmp_path / "x")
+        assert isinstance(loaded, MSPN)
+        assert torch.equal(loaded.predict(FRAMES, 2), model.predict(FRAMES, 2))
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_codebooks_of_float32_in_half_precision(tmp_path: Path, update: str, dtype: torch.dtype) -> None:
+    model = HRVQVAE(replace(SHRVQVAEConfig.preset("kth-3x8"), codebook_update=update)).to(dtype).eval()
+    save(model, tmp_path)
+    loaded = load(tmp_path).state_dict()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert loaded["quantizer.codewords"].dtype == wide
+    for key, value in model.state_dict().items():
+        assert loaded[key].dtype == value.dtype
+        assert torch.equal(loaded[key], value)
+
+
+def test_saving_draws_no_random_number(model: MSPN, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    save(model, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_failed_save_leaves_the_old_model(model: MSPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ class Pretrained:
 
         Raises:
             TypeError: another key in ``model_card_kwargs``.
+            ValueError: a model that ``from_pretrained`` would refuse; see :func:`vpfast.models.save`.
             OSError: there is no room, or no permission. Then no file is half-written.
         """
         folder, model = Path(save_directory), _as_module(self)

@@ -22,6 +22,10 @@ from vpfast._version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINING = "training.json"  # beside them in what ``vpfast train`` writes: the configuration of the run
+_UNDO = (
+    "undo what was put on its layers, for example with torch.nn.utils.parametrize.remove_parametrizations, "
+    "torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove"
+)
 PRETRAINED = Path(__file__).parents[1] / "weights"
 
 
@@ -56,6 +60,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a model of :mod:`vpfast.models`.
+        ValueError: a model that :func:`load` would refuse: with weights of several types, or other ones than its
+            configuration calls for, as those of parametrized or pruned layers are.
         OSError: there is no room, or no permission.
     """
     write(as_files(model), Path(folder))
@@ -73,10 +79,13 @@ def as_files(model: nn.Module) -> dict[str, bytes]:
     """What :func:`save` writes: the content of each file by its name.
 
     Raises:
-        TypeError: not a model of :mod:`vpfast.models`.
+        TypeError, ValueError: as :func:`save`.
     """
     description = _describe(model)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    empty, what = _without_values(description), f"this {type(model).__name__}"
+    _check_state(what, "its configuration", state, empty.state_dict(), f"; before it is saved, {_UNDO}")
+    _check_types(what, state, empty, ": call .to(dtype) before it is saved")
     # The description travels inside the weights too: load() sees when the two files are of two different saves.
     weights = serialized(state, metadata={"vpfast": json.dumps(description)})
     return {CONFIG: (json.dumps(description, indent=2) + "\n").encode(), WEIGHTS: weights}
@@ -104,17 +113,15 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
         if not path.is_file():  # to open a pipe would be to wait for its writer
             raise ValueError(f"{path} is not a file; a saved model is a folder with {CONFIG} and {WEIGHTS}")
     description = _read_description(folder / CONFIG)
-    model_class, config_class = _kinds[description["model"]]
     state, written_with = _read_weights(folder / WEIGHTS)
     if written_with is not None and written_with != {key: description[key] for key in ("model", "config")}:
         raise ValueError(f"{folder / WEIGHTS} was saved with another configuration than {CONFIG} beside it")
     try:
-        with torch.device("meta"):
-            model = model_class(config_class(**description["config"]))
+        model = _without_values(description)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: this version ({__version__}) cannot build it: {error}") from error
-    _check_state(folder / WEIGHTS, state, model.state_dict())
-    _check_types(folder / WEIGHTS, {name: state[name].dtype for name, _ in model.named_parameters()})
+    _check_state(folder / WEIGHTS, f"{CONFIG} beside it", state, model.state_dict())
+    _check_types(folder / WEIGHTS, state, model)
     model.load_state_dict(state, assign=True)
     object.__setattr__(model, "_loaded_from", folder.resolve())
     return model.eval()
@@ -210,24 +217,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return deserialized(path.read_bytes())  # type: ignore[no-any-return]
 
 
-def _check_state(path: Path, found: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
-    for key in sorted(needed.keys() - found.keys()):
-        raise ValueError(f"{path} lacks {key!r}, which {CONFIG} beside it calls for")
+def _without_values(description: dict[str, Any]) -> nn.Module:
+    """A new model of this description whose tensors have shapes and types alone."""
+    model_class, config_class = _kinds[description["model"]]
+    with torch.device("meta"):
+        return model_class(config_class(**description["config"]))
+
+
+def _check_state(
+    where: object, beside: str, found: dict[str, Tensor], needed: dict[str, Tensor], advice: str = ""
+) -> None:
     for key in sorted(found.keys() - needed.keys()):
-        raise ValueError(f"{path} holds {key!r}, which {CONFIG} beside it does not know")
+        raise ValueError(f"{where} holds {key!r}, which {beside} does not know{advice}")
+    for key in sorted(needed.keys() - found.keys()):
+        raise ValueError(f"{where} lacks {key!r}, which {beside} calls for{advice}")
     for key, tensor in needed.items():
         if found[key].shape != tensor.shape:
             raise ValueError(
-                f"{path}: {key!r} has shape {tuple(found[key].shape)}, but {CONFIG} beside it calls for "
-                f"{tuple(tensor.shape)}"
+                f"{where}: {key!r} has shape {tuple(found[key].shape)}, but {beside} calls for "
+                f"{tuple(tensor.shape)}{advice}"
             )
         if found[key].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{path}: {key!r} is of {found[key].dtype}, must be of a type such as {tensor.dtype}")
+            raise ValueError(f"{where}: {key!r} is of {found[key].dtype}, must be of a type such as {tensor.dtype}")
 
 
-def _check_types(path: Path, types: Mapping[str, torch.dtype]) -> None:
-    """A model computes in one type; ValueError names a parameter of another."""
-    first = next(iter(types), "")
-    for key, found in types.items():
-        if found != types[first]:
-            raise ValueError(f"{path}: {key!r} is of {found}, {first!r} of {types[first]}; all must be of one type")
+def _check_types(where: object, found: dict[str, Tensor], model: nn.Module, advice: str = "") -> None:
+    """A model computes in one type, but for parameters that it keeps in float32 beside half precision; ValueError names
+    one of another. Casts ``model``, whose tensors these are to be, to that type."""
+    first, _ = next(model.named_parameters())
+    dtype = found[first].dtype
+    for key, parameter in model.to(dtype).named_parameters():
+        if found[key].dtype not in (dtype, parameter.dtype):
+            raise ValueError(
+                f"{where}: {key!r} is of {found[key].dtype}, {first!r} of {dtype}; all must be of one type{advice}"
+            )
