@@ -127,6 +127,12 @@ def write_file(path: Path, text: str) -> None:
         draft.write_text(text)
 
 
+def remove_file(path: Path) -> None:
+    """Take the file ``path`` away for good."""
+    path.unlink()
+    _flush(path.absolute().parent)
+
+
 def clear_up(folder: Path) -> None:
     """Undo in ``folder`` what was under way when a process was killed: drafts go, and what had stepped aside for a
     draft that never came returns."""

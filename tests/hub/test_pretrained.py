@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +112,41 @@ def test_a_model_that_was_trained_on_does_not_tell_of_the_run_before(trained, tm
         assert not (tmp_path / name / "training.json").exists()
 
 
+def test_the_folder_describes_the_model_that_was_saved_last(trained, tmp_path):
+    """Whatever was saved there before, and whether that is known to come from a run."""
+    models = [load(trained), load(trained), MSPN(SMALL_MSPN), SHRVQVAE(SMALL_CODES)]
+    with torch.no_grad():
+        next(models[1].parameters()).zero_()
+    folder = tmp_path / "shared"
+    for before, last in permutations(models, 2):
+        for one in (before, last):
+            one.save_pretrained(folder, model_card_kwargs={"name": "x"})
+        last.save_pretrained(tmp_path / "fresh", model_card_kwargs={"name": "x"})
+        contents = [{path.name: path.read_bytes() for path in each.iterdir()} for each in (folder, tmp_path / "fresh")]
+        assert contents[0] == contents[1]
+        assert ("training.json" in contents[0]) == (b"in `training.json`" in contents[0]["README.md"])
+        assert ("training.json" in contents[0]) == (last is models[0])
+        shutil.rmtree(tmp_path / "fresh")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("last", ["config.json", "model.safetensors", "README.md"])
+def test_a_failed_save_loses_nothing(trained, tmp_path, monkeypatch, last):
+    load(trained).save_pretrained(tmp_path / "shared")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()}
+    write_bytes = Path.write_bytes
+
+    def full_disk(path, data):
+        if path.name.startswith(f".{last}"):
+            raise OSError("no space left")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        MSPN(SMALL_MSPN).save_pretrained(tmp_path / "shared")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == before
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "", "{"])
 def test_a_damaged_tale_is_left_where_it_is(trained, tmp_path, text):
     (trained / "training.json").write_text(text)
@@ -193,6 +230,17 @@ def test_a_card_that_is_there_stays(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "notes.txt").read_text() == "mine too"
     MSPN.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda card: card + "more\n", lambda card: card.replace("## Use", "## Its use"), str.lower]
+)
+def test_a_card_that_was_edited_stays(tmp_path, edit):
+    MSPN(SMALL_MSPN).save_pretrained(tmp_path)
+    edited = edit((tmp_path / "README.md").read_text())
+    (tmp_path / "README.md").write_text(edited)
+    MSPN(SMALL_MSPN).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == edited
 
 
 def test_an_unknown_text_leaves_nothing_behind(tmp_path):
@@ -328,6 +376,7 @@ def test_pushing(hub, model, monkeypatch):
     assert address == "https://example.org/commit"
     same(model, pushed["model"])
     assert pushed["files"] == {"README.md", "config.json", "model.safetensors"}
+    assert pushed["delete_patterns"] == ["training.json"]
     assert (pushed["created"], pushed["repo_id"], pushed["revision"]) == ("name", "me/name", "b")
     assert (pushed["token"], pushed["private"], pushed["exist_ok"]) == ("t", True, True)
     assert '.from_pretrained("me/name")' in pushed["card"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -35,11 +36,12 @@ class Pretrained:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, model_card_kwargs: Mapping[str, str] | None = None
     ) -> None:
-        """Write what :func:`vpfast.models.save` writes, and a model card, README.md, where there is none yet.
+        """Write what :func:`vpfast.models.save` writes, and a model card, README.md.
 
         A model that was loaded from a folder of ``vpfast train``, and is as it was loaded, takes ``training.json`` with
         it: how it was trained, and so on which clips ``vpfast evaluate`` measures it. Of absolute paths in it only the
-        last part is kept. If it is not known how the model was trained, no ``training.json`` is written.
+        last part is kept. If it is not known how the model was trained, there is no ``training.json``, and one of
+        another model is removed. A card of ``save_pretrained`` is replaced; one that somebody wrote or edited stays.
 
         Args:
             save_directory: the folder, made where it is missing; other files in it are left alone.
@@ -54,13 +56,13 @@ class Pretrained:
         """
         folder, model = Path(save_directory), _as_module(self)
         texts = _card_texts(folder.as_posix(), model_card_kwargs)
-        contents = as_files(model)
+        contents: dict[str, bytes | None] = {**as_files(model), TRAINING: None}
         trained = training_of(model)
         if trained is not None:
             contents[TRAINING] = (json.dumps(trained, indent=2) + "\n").encode()
             texts = {"training": _TRAINED, **texts}
-        if not (folder / CARD).exists():
-            contents[CARD] = model_card(model, **texts).encode()
+        if not (folder / CARD).exists() or _is_unedited(folder / CARD):
+            contents[CARD] = _marked(model_card(model, **texts).encode())
         write(contents, folder)
 
     @classmethod
@@ -120,7 +122,8 @@ class Pretrained:
         Args:
             repo_id: such as ``"user/model"``.
             commit_message, private, token, branch, create_pr: as huggingface_hub has them.
-            model_card_kwargs: as for ``save_pretrained``. The card that is uploaded replaces one that is there.
+            model_card_kwargs: as for ``save_pretrained``. The card that is uploaded replaces any that is there, and a
+                ``training.json`` there goes if the model has none.
 
         Returns:
             the address of the commit.
@@ -136,6 +139,7 @@ class Pretrained:
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
+                delete_patterns=[TRAINING],
                 commit_message=commit_message,
                 revision=branch,
                 create_pr=create_pr,
@@ -147,6 +151,20 @@ def _as_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"only a model can be saved, got {type(model).__name__}")
     return model
+
+
+def _marked(card: bytes) -> bytes:
+    """The card, and below it, unseen where Markdown is shown, by what :func:`_is_unedited` knows it again."""
+    return (
+        card
+        + f"\n<!-- save_pretrained replaces this card until it is edited: {sha256(card).hexdigest()} -->\n".encode()
+    )
+
+
+def _is_unedited(path: Path) -> bool:
+    """Is this card as ``save_pretrained`` wrote it?"""
+    written = path.read_bytes() if path.is_file() else b""
+    return written == _marked(written[: written.rfind(b"\n<!--")])
 
 
 def _card_texts(name: str, given: Mapping[str, str] | None) -> dict[str, str]:

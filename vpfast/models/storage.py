@@ -17,7 +17,7 @@ from safetensors.torch import load as deserialized
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from vpfast._files import new_file
+from vpfast._files import new_file, remove_file
 from vpfast._version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -67,12 +67,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write(as_files(model), Path(folder))
 
 
-def write(contents: Mapping[str, bytes], folder: Path) -> None:
-    """Write files of these names into ``folder`` as :func:`save` does."""
+def write(contents: Mapping[str, bytes | None], folder: Path) -> None:
+    """Write files of these names into ``folder`` as :func:`save` does; when all are there, those of None go."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as all_written:
         for name, data in contents.items():
-            all_written.enter_context(new_file(folder / name, replace=True)).write_bytes(data)
+            if data is not None:
+                all_written.enter_context(new_file(folder / name, replace=True)).write_bytes(data)
+    for name, data in contents.items():
+        if data is None and (folder / name).is_file():
+            remove_file(folder / name)
 
 
 def as_files(model: nn.Module) -> dict[str, bytes]:
