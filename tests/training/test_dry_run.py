@@ -22,7 +22,7 @@ STAGED = {
 
 
 def real_step(config):
-    """FLOPs of one step with values, and the bytes that its forward pass keeps beside weights."""
+    """FLOPs of a step with values, and the bytes that the forward pass of one keeps beside weights."""
     recipe, model = recipe_for(config), build_model(config)
     context = Context(model, recipe.trained(model), config, accelerator(config), recipe)
     update = recipe.update(context)
@@ -34,7 +34,9 @@ def real_step(config):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        update(frames, 0)
+    with FlopCounterMode(display=False) as counter:  # it hooks every module, and then nothing is activated in place
         update(frames, 0)
     return counter.get_total_flops(), sum(s.nbytes() for place, s in kept.items() if place not in own)
 
