@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import vpfast
 from vpfast.models import MSPN, SHRVQVAE, MSPNConfig, SHRVQVAEConfig
 from vpfast.models._tiles import Size
-from vpfast.models.mspn.cpu import ChannelsLastMSPN, TiledMSPN
+from vpfast.models.mspn.cpu import LaidOutMSPN, TiledMSPN
 from vpfast.ops import _native
+from vpfast.ops._backend import has_registers
 
 TILES = _native.extension is not None and _native.extension.isa() == "amx"
 needs_tiles = pytest.mark.skipif(not TILES, reason="needs a processor with matrix tiles (AMX) and compiled kernels")
@@ -236,7 +237,7 @@ def test_a_stream_gives_what_the_clip_gives(served: str, changes: dict[str, Any]
     model = lively(**changes)
     with vpfast.backend("auto" if served == "tiles" else "reference"):
         fast = vpfast.optimize(model)
-    assert isinstance(fast, TiledMSPN if served == "tiles" else ChannelsLastMSPN)
+    assert isinstance(fast, TiledMSPN if served == "tiles" else LaidOutMSPN)
     frames = clip(model)
     expected = fast.predict(frames, 3)
     state = fast.init_state(2, 16, 24)
@@ -247,6 +248,35 @@ def test_a_stream_gives_what_the_clip_gives(served: str, changes: dict[str, Any]
         again, state = fast.step(None, peeked if k % 2 else state)
         assert torch.equal(ahead, again)
         assert torch.equal(again, expected[:, k])
+
+
+NARROW: dict[str, Any] = {"channels": (6, 10, 12), "hidden_channels": 6}
+
+
+@pytest.mark.skipif(not has_registers(), reason="needs kernels compiled for registers of a processor (AVX2)")
+@pytest.mark.parametrize("feed_frame", [False, True])
+@pytest.mark.parametrize(("size", "in_planes"), [((16, 32), True), ((16, 8), True), ((16, 24), False)])
+def test_a_narrow_model_lies_in_planes_where_rows_fill_registers(
+    size: tuple[int, int], in_planes: bool, feed_frame: bool
+) -> None:
+    model = lively(**NARROW, feed_frame=feed_frame)
+    fast = LaidOutMSPN(model, None)
+    frames = clip(model, 2, 3, *size)
+    expected = fast.predict(frames, 2)
+    torch.testing.assert_close(expected, model.predict(frames, 2), rtol=1e-4, atol=1e-4)
+    state = fast.init_state(2, *size)
+    for time in range(5):
+        layout = torch.contiguous_format if in_planes else torch.channels_last
+        assert all(error.is_contiguous(memory_format=layout) for error in state.errors)
+        prediction, state = fast.step(frames[:, time] if time < 3 else None, fast.peek(state)[1])
+        assert time < 3 or torch.equal(prediction, expected[:, time - 3])
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "float64"])
+def test_other_models_lie_in_channels_last(wide: bool) -> None:
+    model = lively(channels=(36, 40, 44), hidden_channels=36) if wide else lively(**NARROW).double()
+    error = LaidOutMSPN(model, None).init_state(1, 16, 32).errors[0]
+    assert error.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_tiles
@@ -358,12 +388,12 @@ def test_the_last_four_sizes_are_kept_whoever_asks(monkeypatch: pytest.MonkeyPat
     assert len(fast._programs) == 4
 
 
-@pytest.mark.parametrize("kind", [TiledMSPN, ChannelsLastMSPN])
+@pytest.mark.parametrize("kind", [TiledMSPN, LaidOutMSPN])
 def test_what_optimize_made_can_be_copied_and_sent(kind: Any) -> None:
     fast = kind(lively(), None)
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert copied.config == fast.config
-        if kind is ChannelsLastMSPN or (_native.extension is not None and _native.extension.isa() == "amx"):
+        if kind is LaidOutMSPN or (_native.extension is not None and _native.extension.isa() == "amx"):
             frames = torch.rand(1, 2, fast.config.in_channels, 16, 16)
             assert torch.equal(copied.predict(frames, 1), fast.predict(frames, 1))
 
@@ -383,12 +413,12 @@ def test_without_tiles_torch_serves() -> None:
     frames = clip(model)
     fast = vpfast.optimize(model)
     with isa("avx512"):
-        assert isinstance(vpfast.optimize(model), ChannelsLastMSPN)
+        assert isinstance(vpfast.optimize(model), LaidOutMSPN)
         with pytest.raises(RuntimeError, match="no matrix tiles"):
             fast.predict(frames, 1)
     for kind in (model.double(), lively(recurrence="enc_lstm_dec")):
         other = vpfast.optimize(kind)
-        assert isinstance(other, ChannelsLastMSPN)
+        assert isinstance(other, LaidOutMSPN)
         given_frames = frames.to(kind._weight.dtype)
         torch.testing.assert_close(other.predict(given_frames, 2), kind.predict(given_frames, 2), rtol=1e-4, atol=1e-4)
 

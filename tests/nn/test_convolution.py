@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 import vpfast
 from vpfast.models import MSPN, MSPNConfig
-from vpfast.models.mspn.cpu import ChannelsLastMSPN
+from vpfast.models.mspn.cpu import LaidOutMSPN
 from vpfast.nn.bottleneck import LEAK, Bottleneck, _can_fuse
 from vpfast.nn.convolution import Conv2d, weights_in_use
 from vpfast.ops import _winograd_convolution as winograd
@@ -263,7 +263,7 @@ def test_copies_of_what_optimize_made_know_their_own_weights(copied):
     """Whose identities may be those of weights that are gone."""
     torch.manual_seed(0)
     frames = torch.rand(1, 3, 1, 16, 16)
-    fast = ChannelsLastMSPN(MSPN(MSPNConfig(in_channels=1, **SMALL)).eval(), None)
+    fast = LaidOutMSPN(MSPN(MSPNConfig(in_channels=1, **SMALL)).eval(), None)
     expected = fast.predict(frames, 2)
     for _ in range(10):
         fast = copied(fast)
@@ -273,7 +273,7 @@ def test_copies_of_what_optimize_made_know_their_own_weights(copied):
 
 def test_a_model_in_bfloat16_takes_frames_of_its_type_alone():
     model = MSPN(MSPNConfig(in_channels=1, **SMALL)).eval().bfloat16()
-    fast = ChannelsLastMSPN(model, None)
+    fast = LaidOutMSPN(model, None)
     assert fast.predict(torch.rand(1, 3, 1, 16, 16).bfloat16(), 1).dtype == torch.bfloat16
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(TypeError, match="bfloat16"):

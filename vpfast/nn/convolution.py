@@ -43,8 +43,11 @@ def convolve_fused(layer: nn.Module, x: Tensor, slope: float, added: Tensor | No
 def is_faster_in_planes(model: nn.Module, height: int, width: int) -> bool:
     """On this CPU, in float32, for frames of this size: are most of a model's convolutions faster in contiguous memory
     than in channels_last?"""
-    if not planes.has_whole_rows(height, width):
-        return False
+    return planes.has_whole_rows(height, width) and is_mostly_narrow(model)
+
+
+def is_mostly_narrow(model: nn.Module) -> bool:
+    """Are most of a model's convolutions such that kernels in planes could serve, on this CPU?"""
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = [each for each in convolutions if isinstance(each, Conv2d) and planes.is_narrow(each.weight)]
     return has_registers() and 2 * len(narrow) > len(convolutions)
