@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import vpfast
 from vpfast.models import MSPN, MSPNConfig
 from vpfast.models.mspn import pixel_loss
+from vpfast.ops._backend import current_backend
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -316,6 +318,16 @@ def test_steps_that_are_computed_again_compile(batch_norm: bool) -> None:
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=name)
     for found, wanted in zip(compiled.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_steps_are_computed_again_by_the_backend_they_were_computed_by() -> None:
+    model, frames = tiny(levels=2), clip(tiny(levels=2))
+    expected = torch.autograd.grad(model(frames, 1).predictions[0].square().sum(), list(model.parameters()))
+    with vpfast.backend("reference"):
+        loss = model(frames, 1, recompute=True).predictions[0].square().sum()
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert current_backend() == "auto"
+    torch.testing.assert_close(found, expected)
 
 
 def test_exports() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import prune
 
 from vpfast.models import HRVQVAE, SHRVQVAEConfig, STPixelCNN
 from vpfast.models.shrvqvae.config import Attention, CodeOrder, Conditioning
@@ -277,3 +278,19 @@ def test_the_window_comes_from_a_file_as_a_list_and_limits_attention() -> None:
     model = STPixelCNN(config)
     assert {block.attention.mask.window for block in model.attentions} == {(1, None, 0)}
     assert {block.attention.mask.window for block in prior().attentions} == {None}
+
+
+@pytest.mark.parametrize("code_order", get_args(CodeOrder))
+def test_the_stem_may_be_pruned(code_order: str) -> None:
+    model, given = prior(code_order=code_order), codes()
+    for name in ("past", "present"):
+        prune.l1_unstructured(model.stem, name, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(given).square().mean().backward()
+        optimizer.step()
+    found = model(given)
+    for name in ("past", "present"):
+        prune.remove(model.stem, name)
+    assert torch.equal(found, model(given))

@@ -6,7 +6,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Sequence
-from typing import Literal, ParamSpec, TypeVar, get_args
+from typing import Literal, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch.autograd import forward_ad
@@ -26,10 +26,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _checked(name: str, where: str) -> str:
+def _checked(name: str, where: str) -> Name:
     if name not in NAMES:
         raise ValueError(f"{where} {name!r} is unknown; choose one of {', '.join(map(repr, NAMES))}")
-    return name
+    return cast(Name, name)
 
 
 # Checked when it is first used, so that a wrong word does not keep the package from being imported.
@@ -116,7 +116,7 @@ class backend:
         return before
 
 
-def current_backend() -> str:
+def current_backend() -> Name:
     """The name that was last chosen with :class:`backend`.
 
     Raises:

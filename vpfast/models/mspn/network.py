@@ -20,6 +20,7 @@ from vpfast.nn._common import State, check_choice, memory_format, zero_state
 from vpfast.nn.bottleneck import LEAK
 from vpfast.nn.codec import upsample
 from vpfast.nn.convolution import Conv2d, Transforms, weights_in_use
+from vpfast.ops._backend import Name, backend, current_backend
 
 Feedback = Literal["attached", "detached"]
 
@@ -223,7 +224,8 @@ class MSPN(nn.Module, Pretrained):
         self, frame: Tensor | None, state: MSPNState, feedback: Feedback, transforms: Transforms
     ) -> tuple[tuple[Tensor, ...], MSPNState]:
         """:meth:`_step`, whose activations are not kept but computed again in the backward pass."""
-        contexts: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _as_before(self, transforms))}
+        chosen = current_backend()
+        contexts: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _as_before(self, transforms, chosen))}
         made: tuple[tuple[Tensor, ...], MSPNState] = checkpoint(
             self._step,
             frame,
@@ -319,15 +321,15 @@ class _EncLSTMDecLevel(nn.Module):
 
 
 @contextmanager
-def _as_before(network: nn.Module, transforms: Transforms) -> Iterator[None]:
+def _as_before(network: nn.Module, transforms: Transforms, chosen: Name) -> Iterator[None]:
     """For a second time: batch norms in training mode normalize as ever, but do not count this batch into their running
-    statistics, and weights are transformed once for all steps."""
+    statistics, weights are transformed once for all steps, and the backend is the one that was chosen."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     kept = [(module.momentum, module.num_batches_tracked.clone()) for module in norms]  # type: ignore[union-attr]
     for module in norms:
         module.momentum = 0.0
     try:
-        with weights_in_use(transforms):
+        with weights_in_use(transforms), nullcontext() if chosen == current_backend() else backend(chosen):
             yield
     finally:
         for module, (momentum, batches) in zip(norms, kept, strict=True):

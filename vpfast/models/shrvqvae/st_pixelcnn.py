@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vpfast.models._frames import values_can_be_read
 from vpfast.models.shrvqvae.config import SHRVQVAEConfig
 from vpfast.nn import MaskedAttention3d, MaskedConv3d, sinusoidal_positions
+from vpfast.nn._as_made import renew_weights
 from vpfast.ops import Mask3d
 
 
@@ -114,6 +115,7 @@ class STPixelCNN(nn.Module):
         frame does: the same tensor, but for ``code_order="layers"``, where it is that of P passes for each clip.
         """
         passes = present.shape[0] // past.shape[0] if past.shape[0] else 1
+        renew_weights(self.stem)  # whose parts are called, and not itself
         x = self.stem.from_past(past.movedim(-1, 1)).movedim(1, -1).repeat_interleave(passes, 0)
         x = x + self.stem.from_present(present.movedim(-1, 1)).movedim(1, -1)
         if self.carry is not None:
