@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return vpfast::active_isa_name(); },
       "The instruction set in use: 'plain', 'avx2', 'avx512', or 'amx', which is avx512 with matrix tiles.");
+  m.def("bfloat16_is_active", &vpfast::bfloat16_is_active, "Whether kernels take dot products of bfloat16.");
   m.def("select_isa", &vpfast::select_isa, py::arg("name"), "Use another one ('auto' for the best); meant for tests.");
   m.def("cuda_of_driver", &cuda_of_driver, "The latest CUDA that the driver knows, as '13.0'; '0.0' without one.");
   m.def("cuda_probe", &cuda_probe, "Run one small kernel on the current GPU: 'ok', or the reason it failed.");

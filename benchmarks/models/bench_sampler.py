@@ -2,6 +2,7 @@
 ``vpfast bench sampler``.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ from vpfast.benchmarks.problem import (
 from vpfast.models import SHRVQVAEConfig, STPixelCNN
 from vpfast.models.shrvqvae import sample
 from vpfast.ops import Mask3d
+from vpfast.ops._native import computes_in_bfloat16
 
 LATENT = {"mnist-3x4": (16, 16), "kth-3x8": (32, 32)}
 SMALL = (3, 4)
 NEAR = 1e-4
 """Logits nearer to each other than this may fall either way by rounding."""
 EAGER, NAIVE = "eager", "naive"
+HALF = f"{OWN}, bfloat16"
 
 Sampler = Callable[[int], Tensor]
 
@@ -123,7 +126,11 @@ def problem(setting: Setting, place: Place) -> Problem:
     config = prior.config
     codes = torch.randint(config.codebook_size, (setting.batch, context, *size, config.layers), device=place.device)
     calls: dict[str, Call] = {}
-    for name, sampler in samplers(prior, codes).items():
+    contenders = samplers(prior, codes)
+    half = copy.deepcopy(prior).bfloat16()
+    if not place.gpu and computes_in_bfloat16():
+        contenders = {OWN: contenders[OWN], HALF: lambda horizon: sample(half, codes, horizon), **contenders}
+    for name, sampler in contenders.items():
         calls[name] = lambda sampler=sampler: (sampler(horizon),)  # type: ignore[misc]
         calls[first_of(name)] = lambda sampler=sampler: (sampler(1),)  # type: ignore[misc]
     passes = forward_passes(prior, codes, horizon) if setting.naive else {}
@@ -140,7 +147,13 @@ def problem(setting: Setting, place: Place) -> Problem:
         if setting.most_us is None or place.gpu or place.small:
             return ()
         return [
-            Bar(f"{setting.title}, a position", own["position_us"], setting.most_us, " us", at_most=True),
+            *(
+                Bar(
+                    f"{setting.title}, {row['contender']}, a position", row["position_us"], setting.most_us, " us", True
+                )
+                for row in rows
+                if row["contender"] in (OWN, HALF)
+            ),
             Bar(
                 f"{setting.title}, a position, times faster than eager",
                 ratio(eager["position_us"], own["position_us"]),
@@ -150,8 +163,28 @@ def problem(setting: Setting, place: Place) -> Problem:
 
     flops = setting.batch * flops_of(config, size, context, horizon)
     moved = setting.batch * bytes_of(config, size, context, horizon)
-    helpers = frozenset(name for name in calls if name not in (OWN, EAGER))
-    return Problem(calls, likeliest(prior, codes), moved, flops, helpers=helpers, finish=finish)
+    helpers = frozenset(name for name in calls if name not in contenders)
+    exact, nearly = likeliest(prior, codes), nearly_likeliest(half, codes)
+
+    def check(name: str, found: tuple[Tensor, ...]) -> None:
+        (nearly if name.startswith(HALF) else exact)(name, found)
+
+    return Problem(calls, check, moved, flops, dtypes={HALF: torch.bfloat16}, helpers=helpers, finish=finish)
+
+
+def nearly_likeliest(half: STPixelCNN, codes: Tensor) -> Check:
+    """In bfloat16: behind the likeliest of the same weights by no more than torch's rounding of two logits explains."""
+    widened = copy.deepcopy(half).float()
+
+    @torch.inference_mode()
+    def check(name: str, found: tuple[Tensor, ...]) -> None:
+        whole = torch.cat((codes, *found), 1)
+        logits = widened(whole)[:, codes.shape[1] :]
+        rounding = (half(whole)[:, codes.shape[1] :] - logits).abs().amax()
+        behind = logits.amax(-1) - logits.gather(-1, found[0][..., None])[..., 0]
+        hold(name, "a code is behind the likeliest one by", float(behind.max()), 2 * float(rounding))
+
+    return check
 
 
 def likeliest(prior: STPixelCNN, codes: Tensor) -> Check:
@@ -233,11 +266,11 @@ BENCHMARK = Benchmark(
     name="sampler",
     about="Sampling S-HR-VQVAE's codes position by position, beside the same sampler of PyTorch's operators",
     note=(
-        "float32; weights and codes are random, which costs what trained ones cost. `eager` is the cached sampler with "
-        "torch's operators alone. A position's time is that of all frames but the first one, whose time holds the "
-        "context's too, for each position in them. `naive` is a forward pass for every code: passes are timed on clips "
-        "that end with the frame being sampled, for several of those frames, and interpolated between. Bytes are keys "
-        "and values read."
+        "float32 where nothing else is said; weights and codes are random, which costs what trained ones cost. "
+        "`eager` is the cached sampler with torch's operators alone. A position's time is that of all frames but the "
+        "first one, whose time holds the context's too, for each position in them. `naive` is a forward pass for every "
+        "code: passes are timed on clips that end with the frame being sampled, for several of those frames, and "
+        "interpolated between. Bytes are keys and values read, counted as float32; in bfloat16 half as many are."
     ),
     cases=lambda place: [setting.case() for setting in SETTINGS],
     growth=lambda place: list(growth(place)),

@@ -22,6 +22,7 @@ bool has(const std::string& feature) {
   if (feature == "avx512bw") return __builtin_cpu_supports("avx512bw");
   if (feature == "avx512dq") return __builtin_cpu_supports("avx512dq");
   if (feature == "avx512vl") return __builtin_cpu_supports("avx512vl");
+  if (feature == "avx512_bf16") return __builtin_cpu_supports("avx512bf16");
 #endif
   (void)feature;
   return false;
@@ -76,6 +77,11 @@ Isa active_isa() { return selected().load(std::memory_order_relaxed); }
 
 bool tiles_are_active() { return tiles().load(std::memory_order_relaxed); }
 
+bool bfloat16_is_active() {
+  static const bool found = has("avx512_bf16");
+  return found && active_isa() == Isa::avx512;
+}
+
 std::string active_isa_name() { return tiles_are_active() ? "amx" : kIsaNames[static_cast<int>(active_isa())]; }
 
 void select_isa(const std::string& name) {
@@ -104,7 +110,7 @@ void select_isa(const std::string& name) {
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
   std::vector<std::pair<std::string, bool>> found;
-  for (const char* feature : {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}) {
+  for (const char* feature : {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}) {
     found.emplace_back(feature, has(feature));
   }
   found.emplace_back("amx_bf16", runs_tiles());

@@ -27,6 +27,10 @@ Isa active_isa();
 // system lets us, and neither is a lower instruction set selected. Then active_isa() is avx512.
 bool tiles_are_active();
 
+// Whether kernels that have a version with AVX-512's dot products of bfloat16 take it: where active_isa() is avx512 and
+// the processor has them.
+bool bfloat16_is_active();
+
 // "plain", "avx2", "avx512" or, where tiles are active, "amx".
 std::string active_isa_name();
 

@@ -71,9 +71,20 @@ class Reader {
     return static_cast<W*>(t.mutable_data_ptr());
   }
 
+  const W* matrix(const char* name, int64_t in, int64_t out) {
+    if constexpr (kTerms<W> == 1) return next(name, {in, out});
+    return next(name, {in / kTerms<W>, out, kTerms<W>});
+  }
+
   Affine<W> affine(const char* name, int64_t in, int64_t out) {
-    const W* matrix = next(name, {in, out});
-    return {matrix, next(name, {out}), in, out};
+    const W* terms = matrix(name, in, out);
+    return {terms, next(name, {out}), in, out};
+  }
+
+  W* keys(int64_t clips, int64_t heads, int64_t blocks, int64_t head_dim) {
+    constexpr int64_t block = kKeyBlock<W>, terms = kTerms<W>;
+    if constexpr (terms == 1) return next("keys", {clips, heads, blocks, head_dim, block});
+    return next("keys", {clips, heads, blocks, head_dim / terms, block, terms});
   }
 
   Norm<W> norm(const char* name, int64_t channels) {
@@ -103,9 +114,11 @@ struct Call {
 // The same map with columns of zeros up to a multiple of 16, so that none is left to be computed by itself.
 template <class W>
 Affine<W> in_whole_registers(const Affine<W>& map, std::vector<AlignedVector<W>>& memory) {
-  const int64_t out = whole_lines(map.out);
+  const int64_t out = whole_lines(map.out), terms = kTerms<W>;
   AlignedVector<W>& wide = memory.emplace_back((map.in + 1) * out);
-  for (int64_t row = 0; row < map.in; ++row) std::copy_n(map.matrix + row * map.out, map.out, wide.data() + row * out);
+  for (int64_t row = 0; row < map.in / terms; ++row) {
+    std::copy_n(map.matrix + row * map.out * terms, map.out * terms, wide.data() + row * out * terms);
+  }
   std::copy_n(map.bias, map.out, wide.data() + map.in * out);
   return {wide.data(), wide.data() + map.in * out, map.in, out};
 }
@@ -153,7 +166,11 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
   Network<W>& net = p.network;
   Reader<W> from(tensors, type);
   STD_TORCH_CHECK(tables.size() == 4, "sample_codes: 4 tables");
-  const int64_t key_blocks = (p.length + kKeyBlock - 1) / kKeyBlock, inner = s.heads * s.head_dim;
+  constexpr int64_t block_of = kKeyBlock<W>, terms = kTerms<W>;
+  const int64_t key_blocks = (p.length + block_of - 1) / block_of, inner = s.heads * s.head_dim;
+  for (int64_t size : {s.channels, s.head_dim, s.ffn, s.hidden}) {
+    STD_TORCH_CHECK(size % terms == 0, "sample_codes: bfloat16 takes even numbers of channels");
+  }
 
   const auto conv = [&](int table) {
     Conv<W> c{};
@@ -172,7 +189,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
   net.stem.total = tensors[0].size(1);
   net.stem.inputs = from.next("the stem's inputs", {call.clips, net.stem.total, s.channels});
   net.stem.frame = from.next("the stem's frame", {call.clips, p.cells, s.channels});
-  net.stem.taps = {from.next("the stem's taps", {net.stem.count * s.channels, s.channels}), nullptr,
+  net.stem.taps = {from.matrix("the stem's taps", net.stem.count * s.channels, s.channels), nullptr,
                    net.stem.count * s.channels, s.channels};
   for (int64_t depth = 0; depth < s.depths; ++depth) {
     const bool used = s.embeddings < 0 || depth == s.embeddings;
@@ -188,7 +205,7 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
     block.conv.total = net.stem.total;
     block.conv.inputs = from.next("a block's inputs", {call.clips, block.conv.total, s.channels});
     block.conv.frame = from.next("a block's frame", {call.clips, p.cells, 2 * s.channels});
-    block.conv.taps = {from.next("a block's taps", {block.conv.count * s.channels, 2 * s.channels}), nullptr,
+    block.conv.taps = {from.matrix("a block's taps", block.conv.count * s.channels, 2 * s.channels), nullptr,
                        block.conv.count * s.channels, 2 * s.channels};
     block.out = from.affine("a block's output", s.channels, s.channels);
     call.blocks.push_back(block);
@@ -200,8 +217,8 @@ void read(Call<W>& call, const Sizes& s, const std::vector<Tensor>& tensors, con
     attention.norm2 = from.norm("an attention's norm", s.channels);
     attention.widen = from.affine("ffn", s.channels, s.ffn);
     attention.narrow = from.affine("ffn", s.ffn, s.channels);
-    attention.keys = from.next("keys", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
-    attention.values = from.next("values", {call.clips, s.heads, key_blocks, s.head_dim, kKeyBlock});
+    attention.keys = from.keys(call.clips, s.heads, key_blocks, s.head_dim);
+    attention.values = from.next("values", {call.clips, s.heads, key_blocks, s.head_dim, block_of});
     attention.heard = static_cast<int64_t>(call.attentions.size()) * whole_lines(inner);
     call.attentions.push_back(attention);
   }
@@ -241,7 +258,12 @@ using Kernel = bool (*)(const Problem<W>&, int64_t, const Member&, const Memory<
 
 template <class W>
 Kernel<W> kernel_of() {
-  if constexpr (std::is_same_v<W, float>) {
+  if constexpr (std::is_same_v<W, BFloat16>) {
+#if defined(VPFAST_HAS_X86_ISAS)
+    if (bfloat16_is_active()) return avx512::sample_codes::sample_frame<W>;
+#endif
+    STD_TORCH_CHECK(false, "sample_codes: this processor has no dot products of bfloat16, or they are not selected");
+  } else if constexpr (std::is_same_v<W, float>) {
     switch (active_isa()) {
       case Isa::avx512:
         return avx512::sample_codes::sample_frame<W>;
@@ -251,7 +273,7 @@ Kernel<W> kernel_of() {
         break;
     }
   }
-  return plain::sample_codes::sample_frame<W>;
+  if constexpr (!std::is_same_v<W, BFloat16>) return plain::sample_codes::sample_frame<W>;
 }
 
 // Threads of one parallel region. All of them run at the same time if each was given one rank; if not, as within a
@@ -263,13 +285,16 @@ bool run(const Call<W>& call, int64_t threads) {
   const int64_t team = std::max<int64_t>(1, std::min(threads / call.clips, net.heads));
   const int64_t teams = std::min(call.clips, threads), ranks = team * teams;
   const int64_t shared = whole_lines(shared_elements(net)), own = whole_lines(own_elements(net));
+  const int64_t factors = whole_lines(factor_elements(net) / kTerms<W>) * kTerms<W>;
   // All of it before the threads start: a rank that fails would leave its team waiting.
-  AlignedVector<W> memory(ranks * (own + shared));
+  AlignedVector<Worked<W>> memory(ranks * (own + shared));
+  AlignedVector<W> factor_memory(ranks * factors);
   AlignedVector<int64_t> verdicts(ranks * kRun);
   AlignedVector<double> scores(ranks * net.codebook_size);
   const auto memory_of = [&](int64_t rank, int64_t team_of) {
     return Memory<W>{memory.data() + team_of * shared, memory.data() + ranks * shared + rank * own,
-                     verdicts.data() + team_of * kRun, scores.data() + rank * net.codebook_size};
+                     factor_memory.data() + rank * factors, verdicts.data() + team_of * kRun,
+                     scores.data() + rank * net.codebook_size};
   };
   std::vector<Barrier> barriers(teams);
   std::atomic<int64_t> claimed{0}, entered{0};
@@ -341,11 +366,20 @@ bool sample_codes(Tensor codes, std::vector<Tensor> tensors, std::vector<Tensor>
                   std::vector<int64_t> sizes, double temperature, int64_t top_k, int64_t threads) {
   STD_TORCH_CHECK(!tensors.empty(), "sample_codes: no tensors");
   const ScalarType type = tensors[0].scalar_type();
-  if (type == ScalarType::Double) {
-    return sample<double>(codes, tensors, tables, keys, grid, masks, windows, sizes, temperature, top_k, threads, type);
+  const auto sample_in = [&](auto element) {
+    using W = decltype(element);
+    return sample<W>(codes, tensors, tables, keys, grid, masks, windows, sizes, temperature, top_k, threads, type);
+  };
+  switch (type) {
+    case ScalarType::Double:
+      return sample_in(double{});
+    case ScalarType::Float:
+      return sample_in(float{});
+    case ScalarType::BFloat16:
+      return sample_in(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "sample_codes: float32, float64 or bfloat16");
   }
-  STD_TORCH_CHECK(type == ScalarType::Float, "sample_codes: float32 or float64");
-  return sample<float>(codes, tensors, tables, keys, grid, masks, windows, sizes, temperature, top_k, threads, type);
 }
 
 }  // namespace

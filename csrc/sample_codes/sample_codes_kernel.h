@@ -9,7 +9,17 @@ using vpfast::masked_attention3d::least;
 using vpfast::masked_attention3d::most;
 using vpfast::masked_attention3d::Place;
 
+#if VPFAST_ISA_LEVEL == 2
+#include "sample_codes/sample_codes_pairs.h"
+#endif
+
 #include "sample_codes/sample_codes_maps.h"
+
+// Queries that share keys and values in registers. Four sums of each fill those there are: 16 of 32, or 12 of 16, both
+// more than a multiply-add takes cycles on two ports.
+constexpr int kQueriesTogether = kLanes == 16 ? 4 : 3;
+
+#include "sample_codes/sample_codes_walk.h"
 
 // The k-th largest of `count` finite numbers, which change places: by quickselect.
 inline double largest(double* of, int64_t count, int64_t k) {
@@ -39,7 +49,8 @@ inline double largest(double* of, int64_t count, int64_t k) {
 
 // Numbered as in vpfast/models/shrvqvae/random.py; -1 where a logit is not finite.
 template <class W>
-int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t clip, int64_t cell, int64_t depth) {
+int64_t choose(const Problem<W>& p, const Worked<W>* logits, double* scores, int64_t clip, int64_t cell,
+               int64_t depth) {
   const int64_t count = p.network.codebook_size;
   int64_t best = 0;
   for (int64_t m = 0; m < count; ++m) {
@@ -71,11 +82,11 @@ int64_t choose(const Problem<W>& p, const W* logits, double* scores, int64_t cli
   return best;
 }
 
-// Queries that share keys and values in registers. Four sums of each fill those there are: 16 of 32, or 12 of 16, both
-// more than a multiply-add takes cycles on two ports.
-constexpr int kQueriesTogether = kLanes == 16 ? 4 : 3;
-
 #include "sample_codes/sample_codes_attention.h"
+
+#if VPFAST_ISA_LEVEL == 2
+#include "sample_codes/sample_codes_attention_bfloat16.h"
+#endif
 
 // How many positions a pass evaluates: twice as many as passes made known lately. Wrong guesses come in clusters, so
 // that a model of odds judges long runs too low; and rows past the first wrong guess are not lost, as guesses to come.
@@ -106,41 +117,63 @@ constexpr int64_t kAsk = -1;
 
 template <class W>
 struct Frame {
+  using X = Worked<W>;
+
   const Problem<W>& p;
   const Network<W>& net;
   const Member& member;
   int64_t clip;
-  Rows<W> x, y, z;                        // shared: the features, and what layers hand on
-  Rows<W> heard;                          // shared: what the attentions answered, side by side
-  int64_t* verdicts;                      // shared, one a row
-  Rows<W> own, gathered, local, queries;  // this member's
+  Rows<X> x, y, z;     // shared: the features, and what layers hand on
+  Rows<X> heard;       // shared: what the attentions answered, side by side
+  int64_t* verdicts;   // shared, one a row
+  Rows<X> own, local;  // this member's
+  X* sums;
+  Rows<W> gathered, rounded, queries;
   W* weights;
   double* scores;
 
   VPFAST_INLINE Frame(const Problem<W>& problem, int64_t clip, const Member& member, const Memory<W>& memory)
       : p(problem), net(problem.network), member(member), clip(clip), verdicts(memory.verdicts), scores(memory.scores) {
-    W* next = memory.shared;
-    const auto rows = [&](int64_t columns) {
-      const Rows<W> taken{next, whole_lines(columns)};
-      next += kRun * taken.step;
-      return taken;
-    };
-    x = rows(net.channels);
-    y = rows(net.hidden);
-    z = rows(net.channels);
-    heard = rows(heard_elements(net));
-    next = memory.own;
-    own = rows(net.channels);
-    gathered = rows(kMaxTaps * net.channels);
-    local = rows(4 * net.hidden);
-    queries = rows(net.head_dim);
-    weights = next;
+    X* shared = memory.shared;
+    x = rows_from(shared, net.channels);
+    y = rows_from(shared, net.hidden);
+    z = rows_from(shared, net.channels);
+    heard = rows_from(shared, heard_elements(net));
+    X* mine = memory.own;
+    own = rows_from(mine, net.channels);
+    local = rows_from(mine, 4 * net.hidden);
+    sums = mine;
+    W* factors = memory.factors;
+    gathered = rows_from(factors, kMaxTaps * net.channels);
+    if (kTerms<W> > 1) rounded = rows_from(factors, net.hidden);
+    queries = rows_from(factors, net.head_dim);
+    weights = factors;
+  }
+
+  template <class Element>
+  static Rows<Element> rows_from(Element*& next, int64_t columns) {
+    const Rows<Element> taken{next, whole_lines(columns)};
+    next += kRun * taken.step;
+    return taken;
   }
 
   void meet() { member.barrier->wait(member.size); }
 
-  static Rows<const W> read(const Rows<W>& rows) { return {rows.first, rows.step}; }
+  template <class Element>
+  static Rows<const Element> read(const Rows<Element>& rows) {
+    return {rows.first, rows.step};
+  }
   static Rows<const W> same(const W* row) { return {row, 0}; }
+
+  // These rows as factors of a product.
+  VPFAST_INLINE Rows<const W> factors_of(const Rows<X>& rows, int64_t columns, int64_t count) {
+    if constexpr (kTerms<W> == 1) {
+      return read(rows);
+    } else {
+      for (int64_t row = 0; row < count; ++row) convert(rounded[row], rows[row], columns);
+      return read(rounded);
+    }
+  }
 
   // The member's share of rows.
   Interval rows_of(int64_t rows) const {
@@ -191,7 +224,7 @@ struct Frame {
     const int64_t last = rows - 1;
     for (int64_t row = 0; row < kRun; ++row) {
       const int64_t from = least(row + known, last);
-      std::memmove(heard[row], heard[from], sizeof(W) * heard.step);
+      std::memmove(heard[row], heard[from], sizeof(X) * heard.step);
     }
   }
 
@@ -226,7 +259,7 @@ struct Frame {
     const int64_t channels = net.channels;
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const int64_t* codes = codes_at(cells.begin + row);
-      W* sum = gathered[row];
+      X* sum = own[row];
       for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
       for (int64_t depth = 0; depth < net.depths; ++depth) {
         if (!net.embeddings[depth]) continue;
@@ -235,10 +268,11 @@ struct Frame {
       }
       gelu(sum, {0, channels});
     }
-    const Rows<W> from{gathered[mine.begin], gathered.step}, to{local[mine.begin], local.step};
-    apply(to, same(net.mix.bias), read(from), net.mix, {0, channels}, mine.end - mine.begin);
+    const Rows<X> from{own[mine.begin], own.step}, to{local[mine.begin], local.step};
+    const int64_t count = mine.end - mine.begin;
+    apply(to, same(net.mix.bias), factors_of(from, channels, count), net.mix, {0, channels}, count);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
-      std::memcpy(input_at(net.stem, cells.begin + row), local[row], sizeof(W) * channels);
+      convert(input_at(net.stem, cells.begin + row), local[row], channels);
     }
   }
 
@@ -289,17 +323,17 @@ struct Frame {
   }
 
   // x += bias + from matrix, a member its columns.
-  VPFAST_INLINE void add(const Rows<W>& from, const Affine<W>& map, Interval mine, int64_t rows) {
+  VPFAST_INLINE void add(const Rows<X>& from, const Affine<W>& map, Interval mine, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t c = mine.begin; c < mine.end; ++c) x[row][c] += map.bias[c];
     }
-    apply(x, read(x), read(from), map, mine, rows);
+    apply(x, read(x), factors_of(from, map.in, rows), map, mine, rows);
     meet();
   }
 
   VPFAST_INLINE void attend(const Attention<W>& attention, int64_t cell, int64_t rows, int64_t heard_from) {
     const bool asks = heard_from == kAsk;
-    const Rows<W> answers{heard[asks ? 0 : heard_from] + attention.heard, heard.step};
+    const Rows<X> answers{heard[asks ? 0 : heard_from] + attention.heard, heard.step};
     if (asks) {
       ask(attention, cell, rows, answers);
       meet();
@@ -307,47 +341,48 @@ struct Frame {
     const Interval mine = share_of(net.channels, member), wide = share_of(attention.widen.out, member);
     add(answers, attention.output, mine, rows);
     for (int64_t row = 0; row < rows; ++row) normalise(own[row], x[row], attention.norm2, net.channels);
-    apply(y, same(attention.widen.bias), read(own), attention.widen, wide, rows);
+    apply(y, same(attention.widen.bias), factors_of(own, net.channels, rows), attention.widen, wide, rows);
     for (int64_t row = 0; row < rows; ++row) gelu(y[row], wide);
     meet();
     add(y, attention.narrow, mine, rows);
   }
 
   // The member's heads.
-  VPFAST_INLINE void ask(const Attention<W>& attention, int64_t cell, int64_t rows, Rows<W> answers) {
+  VPFAST_INLINE void ask(const Attention<W>& attention, int64_t cell, int64_t rows, Rows<X> answers) {
     Place places[kRun];
     for (int64_t row = 0; row < rows; ++row) {
       places[row] = place_of(net.masks[0], p.time * p.cells + cell + row);
       normalise(own[row], x[row], attention.norm1, net.channels);
     }
+    const Rows<const W> factors = factors_of(own, net.channels, rows);
     for (int64_t head = member.rank; head < net.heads; head += member.size) {
-      look(attention, head, places, rows, answers);
+      look(attention, head, factors, places, rows, answers);
     }
   }
 
   // One head at these places, whose keys and values are kept first.
-  VPFAST_INLINE void look(const Attention<W>& attention, int64_t head, const Place* places, int64_t rows,
-                          Rows<W> answers) {
+  VPFAST_INLINE void look(const Attention<W>& attention, int64_t head, Rows<const W> factors, const Place* places,
+                          int64_t rows, Rows<X> answers) {
+    constexpr int64_t block = kKeyBlock<W>, terms = kTerms<W>;
     const int64_t dim = net.head_dim, inner = net.heads * dim;
     for (int64_t part = 0; part < 3; ++part) {
       const Interval columns{part * inner + head * dim, part * inner + head * dim + dim};
-      apply(local, same(attention.qkv.bias), read(own), attention.qkv, columns, rows);
+      apply(local, same(attention.qkv.bias), factors, attention.qkv, columns, rows);
     }
-    const int64_t plane = (clip * net.heads + head) * whole_lines(p.length) * dim;
+    const int64_t plane = (clip * net.heads + head) * ((p.length + block - 1) / block * block) * dim;
     W *keys = attention.keys + plane, *values = attention.values + plane;
-    const W unit = W(1.4426950408889634) / std::sqrt(static_cast<W>(dim));
+    const X unit = X(1.4426950408889634) / std::sqrt(static_cast<X>(dim));
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = places[row].index;
-      const int64_t in_block = at / kKeyBlock * dim * kKeyBlock + at % kKeyBlock;
-      const W* made = local[row] + head * dim;
+      const int64_t begin = places[row].index / block * block * dim, key = places[row].index % block;
+      const X* made = local[row] + head * dim;
       for (int64_t d = 0; d < dim; ++d) {
-        keys[in_block + d * kKeyBlock] = made[inner + d];
-        values[in_block + d * kKeyBlock] = made[2 * inner + d];
-        queries[row][d] = made[d] * unit;
+        keys[begin + (d / terms * block + key) * terms + d % terms] = static_cast<W>(made[inner + d]);
+        values[begin + d * block + key] = static_cast<W>(made[2 * inner + d]);
+        queries[row][d] = static_cast<W>(made[d] * unit);
       }
     }
-    const Rows<W> out{answers[0] + head * dim, answers.step};
-    Head<W> one{keys, values, dim, read(queries), out, weights, weights + 4 * kChunk, 0, -1, {}, {}};
+    const Rows<X> out{answers[0] + head * dim, answers.step};
+    Head<W> one{{keys, values, dim, read(queries), out, weights, sums, 0, -1, {}, {}}};
     one.attend(net.masks[head % net.mask_count], places, rows);
   }
 
@@ -358,10 +393,10 @@ struct Frame {
     const Interval wide = share_of(net.mlp1.out, member), mine = share_of(channels, member);
     for (int64_t depth = 0; depth < net.last_depth; ++depth) {
       if (depth >= net.first_depth) {
-        apply(y, same(net.mlp1.bias), read(own), net.mlp1, wide, rows);
+        apply(y, same(net.mlp1.bias), factors_of(own, channels, rows), net.mlp1, wide, rows);
         for (int64_t row = 0; row < rows; ++row) gelu(y[row], wide);
         meet();
-        apply(z, same(net.mlp2.bias), read(y), net.mlp2, mine, rows);
+        apply(z, same(net.mlp2.bias), factors_of(y, net.mlp1.out, rows), net.mlp2, mine, rows);
         meet();
         settle(cell, depth, rows_of(rows));
         meet();
@@ -377,8 +412,9 @@ struct Frame {
   // The codes of one layer in these rows, which the member chooses.
   VPFAST_INLINE void settle(int64_t cell, int64_t depth, Interval rows) {
     const Affine<W>& map = net.logits[depth];
-    const Rows<W> from{z[rows.begin], z.step}, to{local[rows.begin], local.step};
-    apply(to, same(map.bias), read(from), map, {0, map.out}, rows.end - rows.begin);
+    const Rows<X> from{z[rows.begin], z.step}, to{local[rows.begin], local.step};
+    const int64_t count = rows.end - rows.begin;
+    apply(to, same(map.bias), factors_of(from, net.channels, count), map, {0, map.out}, count);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t chosen = choose(p, local[row], scores, clip, cell + row, depth);
       int64_t& code = codes_at(cell + row)[depth];

@@ -43,10 +43,32 @@ VPFAST_INLINE Interval share_of(int64_t columns, const Member& member) {
   return {begin < columns ? begin : columns, end < columns ? end : columns};
 }
 
+// What one step of a sum multiplies: a vector's factor for all columns, and a register of columns.
+VPFAST_INLINE F32 factor_at(const float* x) { return F32::broadcast(*x); }
+VPFAST_INLINE F64 factor_at(const double* x) { return F64::broadcast(*x); }
+VPFAST_INLINE F32 columns_at(const float* matrix) { return load(matrix); }
+VPFAST_INLINE F64 columns_at(const double* matrix) { return load(matrix); }
+template <class W, class V>
+VPFAST_INLINE V add_step(V factor, V columns, V sum) {
+#if VPFAST_ISA_LEVEL == 2
+  if constexpr (kTerms<W> == 2) return add_products(factor, columns, sum);
+#endif
+  return multiply_add(factor, columns, sum);
+}
+#if VPFAST_ISA_LEVEL == 2
+VPFAST_INLINE F32 factor_at(const BFloat16* x) { return broadcast_pair(x); }
+VPFAST_INLINE F32 columns_at(const BFloat16* matrix) { return load_pairs(matrix); }
+#endif
+
+// Where sums begin.
+VPFAST_INLINE F32 base_at(const float* base) { return load(base); }
+VPFAST_INLINE F64 base_at(const double* base) { return load(base); }
+VPFAST_INLINE F32 base_at(const BFloat16* base) { return Lanes<BFloat16>::load(base, kLanes); }
+
 // R rows from row `r` on by C registers of columns from column `c` on: y = base + x matrix.
-template <int R, int C, class W>
-VPFAST_INLINE void tile_of(const Rows<W>& y, const Rows<const W>& base, const Rows<const W>& x, const Affine<W>& map,
-                           int64_t r, int64_t c) {
+template <int R, int C, class W, class B>
+VPFAST_INLINE void tile_of(const Rows<Worked<W>>& y, const Rows<const B>& base, const Rows<const W>& x,
+                           const Affine<W>& map, int64_t r, int64_t c) {
   using V = typename Lanes<W>::type;
   V sum[R][C];
   const W* from[R];
@@ -54,18 +76,19 @@ VPFAST_INLINE void tile_of(const Rows<W>& y, const Rows<const W>& base, const Ro
   for (int i = 0; i < R; ++i) {
     from[i] = x[r + i];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) sum[i][j] = load(base[r + i] + c + j * V::lanes);
+    for (int j = 0; j < C; ++j) sum[i][j] = base_at(base[r + i] + c + j * V::lanes);
   }
-  const W* matrix = map.matrix + c;
-  for (int64_t k = 0; k < map.in; ++k, matrix += map.out) {
+  constexpr int64_t terms = kTerms<W>;
+  const W* matrix = map.matrix + c * terms;
+  for (int64_t k = 0; k < map.in; k += terms, matrix += map.out * terms) {
     V column[C];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) column[j] = load(matrix + j * V::lanes);
+    for (int j = 0; j < C; ++j) column[j] = columns_at(matrix + j * V::lanes * terms);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const V factor = V::broadcast(from[i][k]);
+      const V factor = factor_at(from[i] + k);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sum[i][j] = multiply_add(factor, column[j], sum[i][j]);
+      for (int j = 0; j < C; ++j) sum[i][j] = add_step<W>(factor, column[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -76,9 +99,9 @@ VPFAST_INLINE void tile_of(const Rows<W>& y, const Rows<const W>& base, const Ro
 }
 
 // C registers of columns of all rows.
-template <int C, class W>
-VPFAST_INLINE void strip_of(const Rows<W>& y, const Rows<const W>& base, const Rows<const W>& x, const Affine<W>& map,
-                            int64_t rows, int64_t c) {
+template <int C, class W, class B>
+VPFAST_INLINE void strip_of(const Rows<Worked<W>>& y, const Rows<const B>& base, const Rows<const W>& x,
+                            const Affine<W>& map, int64_t rows, int64_t c) {
   int64_t r = 0;
   for (; r + kRowsTogether <= rows; r += kRowsTogether) tile_of<kRowsTogether, C>(y, base, x, map, r, c);
   if (r + 4 <= rows) {
@@ -91,9 +114,12 @@ VPFAST_INLINE void strip_of(const Rows<W>& y, const Rows<const W>& base, const R
 }
 
 // Columns [begin, end) of y = base + x matrix; y may be base.
-template <class W>
-void apply(Rows<W> y, Rows<const W> base, Rows<const W> x, const Affine<W>& map, Interval columns, int64_t rows) {
+template <class W, class B>
+void apply(Rows<Worked<W>> y, Rows<const B> base, Rows<const W> x, const Affine<W>& map, Interval columns,
+           int64_t rows) {
+  using X = Worked<W>;
   using V = typename Lanes<W>::type;
+  constexpr int64_t terms = kTerms<W>;
   int64_t c = columns.begin;
   if (rows == 1) {
     for (; c + 8 * V::lanes <= columns.end; c += 8 * V::lanes) tile_of<1, 8>(y, base, x, map, 0, c);
@@ -102,12 +128,30 @@ void apply(Rows<W> y, Rows<const W> base, Rows<const W> x, const Affine<W>& map,
   for (; c + V::lanes <= columns.end; c += V::lanes) strip_of<1>(y, base, x, map, rows, c);
   for (; c < columns.end; ++c) {
     for (int64_t r = 0; r < rows; ++r) {
-      W sum = base[r][c];
-      for (int64_t i = 0; i < map.in; ++i) sum = multiply_add(x[r][i], map.matrix[i * map.out + c], sum);
+      X sum = base[r][c];
+      for (int64_t i = 0; i < map.in; ++i) {
+        const X factor = x[r][i], column = map.matrix[(i / terms * map.out + c) * terms + i % terms];
+        sum = multiply_add(factor, column, sum);
+      }
       y[r][c] = sum;
     }
   }
 }
+
+template <class W>
+VPFAST_INLINE void convert(W* to, const W* from, int64_t count) {
+  std::memcpy(to, from, sizeof(W) * count);
+}
+#if VPFAST_ISA_LEVEL == 2
+VPFAST_INLINE void convert(BFloat16* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) store_pairs(to + i, packed(load(from + i), load(from + i + 16)));
+  for (; i < count; i += 16) {
+    const int64_t part = count - i < 16 ? count - i : 16;
+    Lanes<BFloat16>::store(to + i, load_part(from + i, part), part);
+  }
+}
+#endif
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 VPFAST_INLINE F32 error_function(F32 x) {
@@ -144,22 +188,22 @@ void gate(W* y, const W* a, const W* b, int64_t count) {
   }
 }
 
-template <class W>
-void normalise(W* y, const W* x, const Norm<W>& norm, int64_t count) {
-  using V = typename Lanes<W>::type;
+template <class Y, class X, class W>
+void normalise(Y* y, const X* x, const Norm<W>& norm, int64_t count) {
+  using V = typename Lanes<X>::type;
   const int64_t whole = count / V::lanes * V::lanes;
   V sums = V::broadcast(0);
   for (int64_t i = 0; i < whole; i += V::lanes) sums = sums + load(x + i);
-  W mean = total(sums);
+  X mean = total(sums);
   for (int64_t i = whole; i < count; ++i) mean += x[i];
-  mean /= static_cast<W>(count);
+  mean /= static_cast<X>(count);
   V squares = V::broadcast(0);
   for (int64_t i = 0; i < whole; i += V::lanes) {
     const V away = load(x + i) - V::broadcast(mean);
     squares = squares + away * away;
   }
-  W variance = total(squares);
+  X variance = total(squares);
   for (int64_t i = whole; i < count; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  const W scale = W(1) / std::sqrt(variance / static_cast<W>(count) + W(1e-5));
-  for (int64_t i = 0; i < count; ++i) y[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+  const X scale = X(1) / std::sqrt(variance / static_cast<X>(count) + X(1e-5));
+  for (int64_t i = 0; i < count; ++i) y[i] = static_cast<Y>((x[i] - mean) * scale * norm.weight[i] + norm.bias[i]);
 }

@@ -1,7 +1,10 @@
 // What one call of sample_codes is about, as its kernels see it: the ST-PixelCNN with what is kept of its layers.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "common/team.h"
 #include "masked_attention3d/masked_attention3d_math.h"
@@ -9,12 +12,24 @@
 namespace vpfast::sample_codes {
 
 using masked_attention3d::Mask;
+using torch::headeronly::BFloat16;
 
-// Keys and values lie in blocks of this many, component by component.
-constexpr int64_t kKeyBlock = 16;
+// A network's weights, what is kept of its layers, and the factors of its products are of type W; sums and all that is
+// not a factor of this one.
+template <class W>
+using Worked = std::conditional_t<std::is_same_v<W, BFloat16>, float, W>;
+
+// Products take so many terms of a sum at once: pairs of bfloat16.
+template <class W>
+constexpr int64_t kTerms = std::is_same_v<W, BFloat16> ? 2 : 1;
+
+// Keys and values lie in blocks of this many: keys (dim / terms, keys, terms), values (dim, keys).
+template <class W>
+constexpr int64_t kKeyBlock = 16 * kTerms<W>;
 
 // Queries look at this many keys at a time, which the L1 cache holds with their values.
-constexpr int64_t kChunk = 128;
+template <class W>
+constexpr int64_t kChunk = 128 * kTerms<W>;
 
 // At most so many positions are evaluated together.
 constexpr int64_t kRun = 16;
@@ -22,7 +37,7 @@ constexpr int64_t kRun = 16;
 constexpr int64_t kMaxDepths = 16;
 constexpr int64_t kMaxTaps = 16;
 
-// y = x matrix + bias, the matrix (in, out) row by row.
+// y = x matrix + bias, the matrix (in / terms, out, terms).
 template <class W>
 struct Affine {
   const W *matrix, *bias;
@@ -49,7 +64,7 @@ template <class W>
 struct Attention {
   Norm<W> norm1, norm2;
   Affine<W> qkv, output, widen, narrow;
-  W *keys, *values;  // (clips, heads, blocks, head_dim, 16) each
+  W *keys, *values;  // (clips, heads, blocks, a block) each
   int64_t heard;     // where its answers are among those of all attentions
 };
 
@@ -99,7 +114,8 @@ struct Problem {
 // Working memory: of a team, of a member, and of a member whatever the type.
 template <class W>
 struct Memory {
-  W *shared, *own;
+  Worked<W>*shared, *own;
+  W* factors;
   int64_t* verdicts;  // the team's, kRun
   double* scores;     // codebook_size
 };
@@ -118,9 +134,15 @@ int64_t shared_elements(const Network<W>& net) {
 
 template <class W>
 int64_t own_elements(const Network<W>& net) {
-  const int64_t rows = whole_lines(net.channels) + whole_lines(kMaxTaps * net.channels) + whole_lines(4 * net.hidden) +
-                       whole_lines(net.head_dim);
-  return kRun * rows + 4 * kChunk + kRun * (net.head_dim + 1) * kKeyBlock;
+  const int64_t rows = whole_lines(net.channels) + whole_lines(4 * net.hidden);
+  return kRun * (rows + (net.head_dim + 1) * 16);
+}
+
+// Factors of products that are not kept: inputs at the taps, what was rounded to be multiplied, queries, weights.
+template <class W>
+int64_t factor_elements(const Network<W>& net) {
+  const int64_t rounded = kTerms<W> == 1 ? 0 : whole_lines(net.hidden);
+  return kRun * (whole_lines(kMaxTaps * net.channels) + rounded + whole_lines(net.head_dim)) + 4 * kChunk<W>;
 }
 
 }  // namespace vpfast::sample_codes

@@ -163,7 +163,7 @@ def _predict(things: Things) -> Iterator[Command]:
         ("predict",),
         {**given, "--live": []},
         {**shared, "--frames": whole(1), "--context": one_of(3, "x", 0), "--fps": whole(1)},
-        clashes=[*never_live, {"--weights": [things.weights["shrvqvae"]], "--bfloat16": []}],
+        clashes=never_live,
         inputs={**inputs, "video": "video"},
         out=("--out", ".mp4"),
         forced=True,

@@ -261,15 +261,22 @@ def test_a_film_that_exists_is_kept_unless_forced(refused, live, weights, video,
     assert read_video(out).shape[0] == 3
 
 
-def test_bfloat16_is_near_float32_and_not_for_codes(live, refused, future_weights, video):
+def test_bfloat16_is_near_float32(live):
     exact, fast = (json.loads(live("--json", *args)[1])["errors"] for args in ([], ["--bfloat16"]))
     # A CPU without its instructions computes in float32 instead.
     has_bfloat16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert (fast["prediction"]["mse"] != exact["prediction"]["mse"]) == has_bfloat16
     assert fast["prediction"]["mse"] == pytest.approx(exact["prediction"]["mse"], rel=0.02)
     assert fast["repeat last frame"] == exact["repeat last frame"]
-    said = refused("predict", video, "--weights", future_weights, "--live", "--bfloat16")
-    assert "--bfloat16 goes with an MSPN alone" in said
+
+
+def test_bfloat16_for_codes(live, future_weights, video):
+    code, said, _ = live("--json", "--bfloat16", model=future_weights)
+    assert code == 0
+    model = vpfast.models.load(future_weights).eval()
+    stream, real = Stream(vpfast.optimize(model, torch.bfloat16), context=3), seen(video)
+    predictions = torch.stack([stream.push(frame).clamp(0, 1) for frame in real])
+    assert json.loads(said)["errors"]["prediction"] == metrics(predictions[:-1], real[1:])
 
 
 def test_without_live_a_folder_is_needed(refused, weights, video):

@@ -8,37 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from small_priors import DRAWS, clip, in_torch, kept, network
 
 import vpfast
-from vpfast.models import SHRVQVAEConfig, STPixelCNN
+from vpfast.models import STPixelCNN
 from vpfast.models.shrvqvae import compiled, sample
 from vpfast.models.shrvqvae.compiled import CompiledPass
 from vpfast.ops import _native
 
 pytestmark = pytest.mark.skipif(_native.extension is None, reason="needs the compiled extension")
 
-DRAWS: dict[str, dict[str, Any]] = {
-    "likeliest": {},
-    "drawn": {"temperature": 0.9, "seed": 7},
-    "of the two likeliest": {"temperature": 1.2, "top_k": 2, "seed": 3},
-    "almost the likeliest": {"temperature": 5e-324},
-}
 ISAS = ("plain", "avx2", "avx512")
-# Sizes that are no multiple of any register's lanes, and heads that do not divide among threads.
-ODD: dict[str, Any] = {
-    "in_channels": 1,
-    "channels": (8,),
-    "codebook_size": 3,
-    "layers": 3,
-    "prior_channels": 24,
-    "prior_blocks": 4,
-    "prior_heads": 3,
-    "prior_head_dim": 5,
-    "prior_ffn": 20,
-    "prior_head": 18,
-    "attention_window": (1, 2, None),
-}
 
 
 @pytest.fixture
@@ -56,25 +36,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     _native.extension.select_isa("auto")
-
-
-def network(dtype: torch.dtype = torch.float64, **changes: Any) -> STPixelCNN:
-    torch.manual_seed(1)
-    prior = STPixelCNN(SHRVQVAEConfig(**{**ODD, **changes})).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.mul_(1.5)  # far from uniform
-    return prior
-
-
-def clip(prior: STPixelCNN, batch: int, grid: tuple[int, int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(prior.config.codebook_size, (batch, *grid, prior.config.layers), generator=generator)
-
-
-def in_torch(prior: STPixelCNN, codes: Tensor, horizon: int, **options: Any) -> Tensor:
-    with vpfast.backend("reference"):
-        return sample(prior, codes, horizon, **options)
 
 
 @pytest.mark.parametrize("attention", ["full", "axial", "window", "none"])
@@ -150,25 +111,6 @@ def test_more_keys_than_one_chunk_of_weights() -> None:
     assert torch.equal(sample(prior, codes, 1), in_torch(prior, codes, 1))
 
 
-def kept(prior: STPixelCNN, codes: Tensor, horizon: int, run: int, **options: Any) -> list[Tensor]:
-    """The codes, and what the last pass of each layer of codes keeps of its layers: inputs, keys and values."""
-    passes: dict[int, CompiledPass] = {}
-    original = CompiledPass.sample
-
-    def remembered(self: CompiledPass, *arguments: Any) -> bool:
-        passes[id(self)] = self
-        return original(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CompiledPass, "sample", remembered)
-        patch.setattr(compiled, "_RUN", run)
-        found = [sample(prior, codes, horizon, **options)]
-    for each in passes.values():
-        found += [each.cache.stem.inputs, *(conv.inputs for _, conv, _ in each.layers)]
-        found += [tensor for _, _, after in each.layers for tensor in after[-2:] if tensor.dim() == 5]
-    return found
-
-
 @pytest.mark.parametrize("attention", ["full", "axial", "window", "none"])
 @pytest.mark.parametrize("code_order", ["depth", "independent", "layers"])
 def test_positions_evaluated_together_give_the_bits_of_each_alone(isa: str, attention: str, code_order: str) -> None:
@@ -235,7 +177,7 @@ def test_what_is_not_served_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("the kernel was called")
 
     monkeypatch.setattr(CompiledPass, "sample", refuse)
-    for prior in (network(conditioning="eq6"), network(conditioning="past_frames"), network(torch.bfloat16)):
+    for prior in (network(conditioning="eq6"), network(conditioning="past_frames"), network(torch.float16)):
         sample(prior, clip(prior, 1, (1, 2, 2)), 1)
     prior = network()
     with vpfast.backend("reference"):

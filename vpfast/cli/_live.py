@@ -50,8 +50,6 @@ def run(options: Any) -> int:
     model, trained = read_weights(options.weights, MSPN, SHRVQVAE)
     assert isinstance(model, MSPN | SHRVQVAE)
     context = _context(options.context, model, trained)
-    if options.bfloat16 and not isinstance(model, MSPN):
-        raise ValueError("--bfloat16 goes with an MSPN alone; an S-HR-VQVAE's codes are chosen in float32")
     rate = options.fps or frame_rate(options.video) or FPS
     size, fit, channels = frame_size(options.size, trained), fit_of(trained), model.config.in_channels
     frames = Frames(

@@ -118,7 +118,7 @@ def _parse(argv: Sequence[str]) -> Any:
         help="wait for each frame as for a camera's, and drop frames that arrive too fast",
     )
     live.add_argument(
-        "--bfloat16", action="store_true", help="MSPN: compute in it where the processor can, faster and less exact"
+        "--bfloat16", action="store_true", help="compute in it where the processor can, faster and less exact"
     )
     live.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return _completed(parser, parser.parse_args(argv))

@@ -1,8 +1,10 @@
 """Frames of codes by the compiled kernel: what :mod:`cache` and :mod:`sampler` do in torch, in one call a frame.
 
-It serves float32 and float64 networks on the CPU with ``conditioning="raster"``, whose codes come one position after
-another; ``vpfast.backend("reference")`` keeps to torch. The codes are the same, but where two logits are within
-rounding of each other. The operators are in vpfast/ops/_sample_codes.py, the kernel in csrc/sample_codes.
+It serves networks on the CPU with ``conditioning="raster"``, whose codes come one position after another: in float32,
+float64, and bfloat16 where the processor has dot products of it; ``vpfast.backend("reference")`` keeps to torch. The
+codes are the same, but where two logits are within rounding of each other. Of bfloat16 are weights, what is kept of the
+layers, and factors of products; sums and all else are float32, more than torch's operators keep between layers. The
+operators are in vpfast/ops/_sample_codes.py, the kernel in csrc/sample_codes.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from vpfast.models.shrvqvae.random import Choice
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.ops import Mask3d
 from vpfast.ops._backend import current_backend, native_devices
-
-_KEY_BLOCK = 16
-"""Keys lie in blocks of so many, component by component."""
+from vpfast.ops._native import computes_in_bfloat16
 
 _RUN = 0
 """Positions evaluated together, 1 to 16, or 0: as many as pay. The codes do not depend on it."""
@@ -29,9 +29,19 @@ def serves(prior: STPixelCNN, codes: Tensor) -> bool:
     return (
         current_backend() in ("auto", "native")
         and codes.device.type in native_devices("vpfast::sample_codes")
-        and prior.norm.weight.dtype in (torch.float32, torch.float64)
-        and prior.config.conditioning == "raster"
+        and could_serve(prior.norm.weight.dtype, prior)
     )
+
+
+def could_serve(dtype: torch.dtype, prior: STPixelCNN) -> bool:
+    """Can the kernel sample from this network on this machine's CPU, were its weights of this type?"""
+    config = prior.config
+    if config.conditioning != "raster":
+        return False
+    if dtype == torch.bfloat16:
+        sizes = (config.prior_channels, config.prior_head_dim, config.prior_ffn, config.prior_head)
+        return computes_in_bfloat16() and all(size % 2 == 0 for size in sizes)
+    return dtype in (torch.float32, torch.float64)
 
 
 class CompiledPass:
@@ -67,11 +77,11 @@ class CompiledPass:
         The cache has begun the frame.
         """
         stem, block = self.cache.stem, self.cache.layers[0].conv
-        network = [stem.inputs, _known(stem.frame), stem.present, *self.entering]
+        network = [stem.inputs, _known(stem.frame), _in_terms(stem.present), *self.entering]
         kept = [0]  # where in it the tensors are that the kernel writes into
         for before, conv, after in self.layers:
             kept.append(len(network) + len(before))
-            network += [*before, conv.inputs, _known(conv.frame), conv.present, *after]
+            network += [*before, conv.inputs, _known(conv.frame), _in_terms(conv.present), *after]
             if len(after) > 2:  # they end with keys and values
                 kept += [len(network) - 2, len(network) - 1]
         length, cells = codes.shape[1], size[0] * size[1]
@@ -101,7 +111,7 @@ class CompiledPass:
         if attention is not None and keys_values is not None:
             after += [*_norm(attention.norm1), *_affine(attention.attention.qkv), *_affine(attention.attention.output)]
             after += [*_norm(attention.norm2), *_affine(attention.ffn[0]), *_affine(attention.ffn[2])]
-            after += [_in_blocks(keys_values.keys), _in_blocks(keys_values.values)]
+            after += [_keys_in_blocks(keys_values.keys), _values_in_blocks(keys_values.values)]
         return _norm(block.norm), conv, after
 
 
@@ -121,13 +131,31 @@ def _rows(embedding: nn.Module) -> Tensor:
 
 
 def _affine(layer: nn.Module) -> list[Tensor]:
-    """The matrix (in, out), and the bias."""
+    """The matrix, and the bias."""
     assert isinstance(layer, nn.Linear)
-    return [layer.weight.t().contiguous(), layer.bias.contiguous()]
+    return [_in_terms(layer.weight.t()), layer.bias.contiguous()]
 
 
-def _in_blocks(keys: Tensor) -> Tensor:
-    """(B, heads, L, d) -> (B, heads, blocks, d, 16)."""
-    padded = F.pad(keys, (0, 0, 0, -keys.shape[2] % _KEY_BLOCK))
-    blocks: Tensor = padded.unflatten(2, (-1, _KEY_BLOCK)).transpose(-1, -2).contiguous()
+def _in_terms(matrix: Tensor) -> Tensor:
+    """(in, out) as a product takes it: in bfloat16 the terms of a sum lie in pairs, (in / 2, out, 2)."""
+    if matrix.dtype != torch.bfloat16:
+        return matrix.contiguous()
+    pairs: Tensor = matrix.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+    return pairs
+
+
+def _values_in_blocks(values: Tensor) -> Tensor:
+    """(B, heads, L, d) -> (B, heads, blocks, d, keys of a block)."""
+    block = 32 if values.dtype == torch.bfloat16 else 16
+    padded = F.pad(values, (0, 0, 0, -values.shape[2] % block))
+    blocks: Tensor = padded.unflatten(2, (-1, block)).transpose(-1, -2).contiguous()
     return blocks
+
+
+def _keys_in_blocks(keys: Tensor) -> Tensor:
+    """As values, but the components in the pairs in which scores take them: (B, heads, blocks, d / 2, keys, 2)."""
+    blocks = _values_in_blocks(keys)
+    if keys.dtype != torch.bfloat16:
+        return blocks
+    pairs: Tensor = blocks.unflatten(3, (-1, 2)).transpose(-1, -2).contiguous()
+    return pairs
