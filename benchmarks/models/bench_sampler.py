@@ -31,7 +31,7 @@ from vpfast.benchmarks.problem import (
 from vpfast.models import SHRVQVAEConfig, STPixelCNN
 from vpfast.models.shrvqvae import sample
 from vpfast.ops import Mask3d
-from vpfast.ops._native import computes_in_bfloat16
+from vpfast.ops._backend import computes_in_bfloat16
 
 LATENT = {"mnist-3x4": (16, 16), "kth-3x8": (32, 32)}
 SMALL = (3, 4)

@@ -18,6 +18,9 @@
 // until its own choices agree. Of fifteen codes so guessed fourteen come true. How many positions a pass or a draft
 // evaluates is judged by how many came true lately.
 //
+// A network in bfloat16 takes AVX-512's dot products, of twice as many terms as a multiply-add has: factors of products
+// and all that is kept are bfloat16, sums and features are float32.
+//
 // Clips are shared out among the threads. Where there are fewer clips than threads, several threads make a team for one
 // clip: each computes its columns of every product and its heads, and they meet at a barrier before a layer that needs
 // all of it, some forty times a pass. Waiting threads spin, and give way when it takes long. Who computes what changes

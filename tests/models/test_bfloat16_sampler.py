@@ -16,9 +16,10 @@ from vpfast.models.shrvqvae.compiled import CompiledPass
 from vpfast.models.shrvqvae.random import Choice
 from vpfast.models.shrvqvae.sampler import _Clip
 from vpfast.ops import _native
+from vpfast.ops._backend import computes_in_bfloat16
 
 needs_bfloat16 = pytest.mark.skipif(
-    not _native.computes_in_bfloat16(), reason="needs a processor with dot products of bfloat16 (AVX512_BF16)"
+    not computes_in_bfloat16(), reason="needs a processor with dot products of bfloat16 (AVX512_BF16)"
 )
 
 # Pairs of everything, and no whole registers of anything.
@@ -199,3 +200,12 @@ def test_optimized_with_a_prior_that_the_kernel_does_not_serve() -> None:
     for changes in ({"conditioning": "eq6"}, {"prior_head_dim": 5}):
         fast = vpfast.optimize(small(**changes), torch.bfloat16)
         assert fast.prior.norm.weight.dtype == torch.float32  # type: ignore[attr-defined]
+
+
+@needs_bfloat16
+def test_compiled_whole() -> None:
+    """In a graph that torch.compile makes, the kernel samples all the same."""
+    prior = even()
+    codes = clip(prior, 1, (1, 3, 4))
+    whole = torch.compile(lambda codes: sample(prior, codes, 2), fullgraph=True, backend="eager")
+    assert torch.equal(whole(codes), sample(prior, codes, 2))

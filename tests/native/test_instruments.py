@@ -60,6 +60,7 @@ SMALL = {
         OPS.format("masked_attention3d", "any_grid_mask_and_stride"),
         OPS.format("masked_attention3d", "decode_anywhere"),
         MODELS.format("compiled_sampler", "networks_of_any_size"),
+        MODELS.format("bfloat16_sampler", "as_near_to_exact_arithmetic_as_torch[grid0-depth-window]"),
         MODELS.format("mspn_tiles", "any_size"),
     ],
     # Problems that threads share.
@@ -67,6 +68,7 @@ SMALL = {
         *(OPS.format("operators", f"no_result_depends_on_the_number_of_threads[{case}]") for case in _SHARED),
         *(OPS.format("masked_attention3d", f"result_does_not_depend_on_threads[{case}]") for case in _RASTER),
         *(MODELS.format("compiled_sampler", f"any_number_of_threads_gives_the_same_codes[{case}]") for case in _TEAMS),
+        MODELS.format("bfloat16_sampler", "together_or_alone_by_any_number_of_threads[likeliest-2-full]"),
         MODELS.format("mspn_tiles", "the_number_of_threads_changes_nothing[few channels]"),
     ],
 }

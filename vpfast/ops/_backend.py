@@ -293,6 +293,12 @@ def has_registers() -> bool:
 
 
 @constant_in_traces
+def computes_in_bfloat16() -> bool:
+    """Do compiled kernels take the processor's dot products of bfloat16, AVX-512's?"""
+    return _native.extension is not None and bool(_native.extension.bfloat16_is_active())
+
+
+@constant_in_traces
 def native_devices(qualified_op: str) -> tuple[str, ...]:
     """Device types that the loaded extension registered a kernel of ``qualified_op`` for. Not traced."""
     if _native.extension is None:

@@ -17,11 +17,6 @@ def _load() -> tuple[ModuleType | None, ImportError | None]:
 extension, load_error = _load()
 
 
-def computes_in_bfloat16() -> bool:
-    """Do kernels take the processor's dot products of bfloat16, AVX-512's?"""
-    return extension is not None and bool(extension.bfloat16_is_active())
-
-
 def build_record() -> dict[str, Any]:
     """What setup.py decided when this copy was built, and why: keys ``requested``, ``built``, ``reason``, ..."""
     path = Path(__file__).parents[1] / "_build.json"

@@ -17,8 +17,7 @@ from vpfast.models.shrvqvae.cache import ConvCache, NetworkCache
 from vpfast.models.shrvqvae.random import Choice
 from vpfast.models.shrvqvae.st_pixelcnn import STPixelCNN
 from vpfast.ops import Mask3d
-from vpfast.ops._backend import current_backend, native_devices
-from vpfast.ops._native import computes_in_bfloat16
+from vpfast.ops._backend import computes_in_bfloat16, current_backend, native_devices
 
 _RUN = 0
 """Positions evaluated together, 1 to 16, or 0: as many as pay. The codes do not depend on it."""
