@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from small_priors import DRAWS, clip, in_torch, kept, network
 from torch import Tensor
 
 import vpfast
-from vpfast.models import SHRVQVAE, STPixelCNN
+from vpfast.models import SHRVQVAE, Predictor, STPixelCNN
 from vpfast.models.shrvqvae import compiled, sample
 from vpfast.models.shrvqvae.compiled import CompiledPass
 from vpfast.models.shrvqvae.random import Choice
@@ -209,3 +210,13 @@ def test_compiled_whole() -> None:
     codes = clip(prior, 1, (1, 3, 4))
     whole = torch.compile(lambda codes: sample(prior, codes, 2), fullgraph=True, backend="eager")
     assert torch.equal(whole(codes), sample(prior, codes, 2))
+
+
+@needs_bfloat16
+def test_exported(tmp_path: Path) -> None:
+    model = small()
+    model.prior.bfloat16()
+    frames = torch.rand(1, 2, 1, 16, 16)
+    path = tmp_path / "future.pt2"
+    torch.export.save(Predictor(model, 2).export(frames), path)
+    assert torch.equal(torch.export.load(path).module()(frames), model.predict(frames, 2))

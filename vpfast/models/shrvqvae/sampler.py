@@ -350,7 +350,8 @@ def _check_compilable(prior: STPixelCNN, codes: Tensor) -> None:
         return
     raise BackendError(
         "to compile or export an S-HR-VQVAE takes the sampler's compiled kernel, which serves float32 and float64 on "
-        f"the CPU with conditioning='raster'; this one is {prior.norm.weight.dtype} on {codes.device} with "
+        "the CPU, and bfloat16 where `vpfast doctor` shows avx512_bf16, with conditioning='raster'; "
+        f"this one is {prior.norm.weight.dtype} on {codes.device} with "
         f"conditioning={conditioning!r}, under vpfast.backend({current_backend()!r}). `vpfast doctor` shows whether "
         "this installation has compiled kernels and, if not, why and how to build them"
     )
